@@ -1,0 +1,49 @@
+"""NexusQuant: training-free compression of the KV cache of Hugging Face causal LMs."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nexusquant import evaluate
+    from nexusquant.codec import NexusQuantSimple
+    from nexusquant.config import PRESETS, CompressionConfig
+    from nexusquant.errors import ConfigError, NexusQuantError, NonFiniteError, UnsupportedError
+    from nexusquant.hf.cache import NexusCache
+    from nexusquant.hf.context import nexusquant_evict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "CompressionConfig",
+    "ConfigError",
+    "NexusCache",
+    "NexusQuantError",
+    "NexusQuantSimple",
+    "NonFiniteError",
+    "UnsupportedError",
+    "__version__",
+    "evaluate",
+    "nexusquant_evict",
+]
+
+_HOMES = {
+    "PRESETS": "config",
+    "CompressionConfig": "config",
+    "ConfigError": "errors",
+    "NexusCache": "hf.cache",
+    "NexusQuantError": "errors",
+    "NexusQuantSimple": "codec",
+    "NonFiniteError": "errors",
+    "UnsupportedError": "errors",
+    "nexusquant_evict": "hf.context",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `nexusquant --version` does not wait for torch."""
+    if name == "evaluate":
+        return import_module("nexusquant.evaluate")
+    if name in _HOMES:
+        return getattr(import_module(f"nexusquant.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'nexusquant' has no attribute {name!r}")

@@ -1,0 +1,112 @@
+"""How many tokens are kept, and which: sinks, recent window, then the highest scores."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nexusquant.errors import ConfigError, NonFiniteError
+
+
+class Selection(NamedTuple):
+    """Candidate indices to store, int64, ascending; rows with fewer end in -1.
+
+    sinks: `(batch, s)`, kept exact for all heads.
+    kept: `(batch, heads, n)`, everything else that stays; heads is 1 if all heads agree.
+    """
+
+    sinks: Tensor
+    kept: Tensor
+
+
+def select_tokens(
+    scores: Tensor | None,
+    *,
+    batch: int,
+    kv_heads: int,
+    tokens: int,
+    valid: Tensor | None,
+    evict_ratio: float,
+    sinks: int,
+    recent: int,
+    per_head: bool,
+    device: torch.device | str,
+) -> Selection:
+    """Choose which of `tokens` candidates stay in the cache.
+
+    A row with n valid tokens keeps `max(round((1 - evict_ratio) n), min(n, sinks + recent))` of
+    them: its first `sinks` and last `recent` valid tokens whatever their score, the rest by score.
+    Sinks count towards that total but are returned apart. Padding is never kept. Ties go to the
+    earlier token. For a later chunk of the same sequence pass `sinks=0`.
+
+    scores: `(batch, kv_heads, tokens)`, higher is kept; None only if nothing is evicted.
+    valid: `(batch, tokens)` bool, False is padding; None if there is none.
+    per_head: each KV head keeps its own tokens. Otherwise all keep those with the highest plain
+        mean over heads; a scorer whose scale differs between heads thereby weights them.
+
+    Raises ConfigError for an argument outside its range or of the wrong shape, NonFiniteError if a
+    valid token's score is NaN or infinite.
+    """
+    if not 0.0 <= evict_ratio < 1.0 or sinks < 0 or recent < 0:
+        raise ConfigError(
+            f"evict_ratio must be in [0, 1), sinks and recent at least 0; "
+            f"got {evict_ratio}, {sinks}, {recent}"
+        )
+    if valid is None:
+        mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    elif valid.shape != (batch, tokens) or valid.dtype != torch.bool:
+        raise ConfigError(
+            f"valid must be bool {(batch, tokens)}, got {valid.dtype} {tuple(valid.shape)}"
+        )
+    else:
+        mask = valid.to(device)
+    rank = mask.cumsum(-1)  # 1 at a row's first valid token
+    n_valid = rank[:, -1:] if tokens else rank.new_zeros(batch, 1)
+    is_sink = mask & (rank <= sinks)
+    rest = (mask & ~is_sink)[:, None]
+    sink_indices = _pack(is_sink)
+
+    if evict_ratio == 0.0:
+        return Selection(sink_indices, _pack(rest))
+    if scores is None:
+        raise ConfigError(f"evict_ratio {evict_ratio} needs scores, got None")
+    if scores.shape != (batch, kv_heads, tokens):
+        raise ConfigError(f"scores must be {(batch, kv_heads, tokens)}, got {tuple(scores.shape)}")
+    scores = scores.to(device=device, dtype=torch.float32)
+    bad = int((~torch.isfinite(scores) & mask[:, None]).sum())
+    if bad:
+        raise NonFiniteError(f"{bad} of {scores.numel()} importance scores are NaN or infinite")
+
+    # Counted on the CPU: n * ratio wants float64, which not every device has.
+    n = n_valid.cpu()
+    total = torch.round((1.0 - evict_ratio) * n.double()).long()
+    total = torch.maximum(total, n.clamp(max=sinks + recent))
+    n_kept = total - n.clamp(max=sinks)
+    width = int(n_kept.max()) if batch else 0
+
+    if not per_head:
+        scores = scores.mean(1, keepdim=True)
+    is_recent = rest & (rank > n_valid - recent)[:, None]
+    priority = scores.masked_fill(~rest, -torch.inf).masked_fill(is_recent, torch.inf)
+    # A stable sort, where topk would break ties differently on every device.
+    best = priority.argsort(dim=-1, descending=True, stable=True)[..., :width]
+    wanted = torch.arange(width) < n_kept
+    chosen = torch.zeros_like(priority, dtype=torch.bool)
+    chosen.scatter_(-1, best, wanted[:, None].to(device).expand(best.shape))
+    return Selection(sink_indices, _pack(chosen))
+
+
+def _pack(mask: Tensor) -> Tensor:
+    """Indices of the True entries along the last axis, ascending, -1 after each row's last one.
+
+    `(..., tokens)` bool to `(..., n)` int64, with n the largest number of True entries in a row.
+    """
+    slot = mask.cumsum(-1)
+    width = int(slot[..., -1].max()) if slot.numel() else 0
+    # Column 0 takes the False entries and is cut off again.
+    packed = torch.full((*mask.shape[:-1], width + 1), -1, dtype=torch.int64, device=mask.device)
+    index = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
+    packed.scatter_(-1, torch.where(mask, slot, 0), index)
+    return packed[..., 1:].contiguous()

@@ -1,0 +1,144 @@
+"""`CompressionConfig`: every choice of the pipeline in one frozen value, and the presets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from nexusquant.errors import ConfigError
+
+CODECS = ("e8", "exact")
+TRANSFORMS = ("hadamard", "identity")
+LEVELS = ("companded", "uniform")
+MIN_BITS, MAX_BITS = 2, 4
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """How one cache is compressed. Immutable, validated, JSON round trip.
+
+    Args:
+        evict_ratio: fraction of the tokens dropped from each compressed chunk, in [0, 1).
+        scorer: importance score that decides which tokens are dropped (`nexusquant.scorers`).
+        per_head: every KV head keeps its own tokens; False keeps the same tokens in all heads.
+        sinks: first tokens of a sequence, always kept and stored uncoded.
+        recent: last tokens of a chunk, never dropped (but coded).
+        codec: "e8" (lattice codes) or "exact" (kept tokens stored as they are).
+        key_bits: mean bits per key element, 2 to 4; a fraction gives some 8-groups one bit more.
+        value_bits: the same for values.
+        transform: orthonormal transform before coding, "hadamard" or "identity".
+        rope_page: keys are un-rotated to the start of their page of this many positions:
+            1 removes RoPE altogether, 0 leaves it on.
+        residual_length: tokens kept uncoded before the next block is compressed (decode).
+        levels: reconstruction levels of the lattice code, "companded" or "uniform".
+        overload: factor on the MSE-optimal code range; above 1 trades granular noise for fewer
+            clipped outliers.
+        seed: seed of the random scorer.
+
+    Raises:
+        ConfigError: a field out of range; the message names the field and what is allowed.
+
+    Example:
+        >>> from nexusquant import CompressionConfig
+        >>> config = CompressionConfig(evict_ratio=0.5, key_bits=3)
+        >>> CompressionConfig.from_json(config.to_json()) == config
+        True
+    """
+
+    evict_ratio: float = 0.0
+    scorer: str = "expected_attention"
+    per_head: bool = True
+    sinks: int = 4
+    recent: int = 32
+    codec: str = "e8"
+    key_bits: float = 2
+    value_bits: float = 2
+    transform: str = "hadamard"
+    rope_page: int = 1
+    residual_length: int = 32
+    levels: str = "companded"
+    overload: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        from nexusquant.scorers import SCORERS
+
+        def need(ok: bool, name: str, allowed: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be {allowed}.")
+
+        def number(name: str, kinds: tuple[type, ...] = (int,)) -> bool:
+            value = getattr(self, name)
+            return isinstance(value, kinds) and not isinstance(value, bool)
+
+        real = (int, float)
+        need(number("evict_ratio", real) and 0 <= self.evict_ratio < 1, "evict_ratio", "in [0, 1)")
+        need(self.scorer in SCORERS, "scorer", "one of " + ", ".join(sorted(SCORERS)))
+        need(isinstance(self.per_head, bool), "per_head", "True or False")
+        need(self.codec in CODECS, "codec", "one of " + ", ".join(CODECS))
+        need(self.transform in TRANSFORMS, "transform", "one of " + ", ".join(TRANSFORMS))
+        need(self.levels in LEVELS, "levels", "one of " + ", ".join(LEVELS))
+        for name in ("key_bits", "value_bits"):
+            ok = number(name, real) and MIN_BITS <= getattr(self, name) <= MAX_BITS
+            need(ok, name, f"a number from {MIN_BITS} to {MAX_BITS}")
+        for name in ("sinks", "recent", "rope_page", "seed"):
+            need(number(name) and getattr(self, name) >= 0, name, "an integer of at least 0")
+        need(number("residual_length") and self.residual_length >= 1, "residual_length", "at least 1")
+        need(number("overload", real) and 0.5 <= self.overload <= 4, "overload", "from 0.5 to 4")
+
+    def to_json(self) -> str:
+        """The config as a JSON object, keys sorted."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> CompressionConfig:
+        """Inverse of `to_json`. Raises `ConfigError` on bad JSON or unknown fields."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"not a JSON config: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"a config is a JSON object, got {type(data).__name__}.")
+        return cls().replace(**data)
+
+    def replace(self, **overrides: Any) -> CompressionConfig:
+        """A copy with some fields changed. Raises `ConfigError` on names that do not exist."""
+        known = {field.name for field in fields(self)}
+        if unknown := sorted(set(overrides) - known):
+            raise ConfigError(
+                f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}."
+            )
+        return replace(self, **overrides)
+
+
+_HIGH = CompressionConfig(evict_ratio=0.35)
+_MAX = CompressionConfig(evict_ratio=0.80)
+
+PRESETS: dict[str, CompressionConfig] = {
+    "lossless": CompressionConfig(),
+    "high": _HIGH,
+    "conservative": _HIGH,
+    "balanced": CompressionConfig(evict_ratio=0.60),
+    "max": _MAX,
+    "aggressive": _MAX,
+}
+"""Preset name to config; `conservative` is `high`, `aggressive` is `max`."""
+
+
+def resolve_config(quality: str | CompressionConfig, **overrides: Any) -> CompressionConfig:
+    """The config of a preset name (or a config itself), with fields overridden.
+
+    Raises:
+        ConfigError: unknown preset (the message lists the known ones) or unknown field.
+    """
+    if isinstance(quality, CompressionConfig):
+        config = quality
+    elif isinstance(quality, str) and quality in PRESETS:
+        config = PRESETS[quality]
+    else:
+        raise ConfigError(
+            f"unknown quality {quality!r}; known presets: {', '.join(PRESETS)}"
+            " (or pass a CompressionConfig)."
+        )
+    return config.replace(**overrides) if overrides else config

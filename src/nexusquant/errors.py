@@ -1,0 +1,21 @@
+"""The one exception family of the package. Every message says what was given and what to do."""
+
+
+class NexusQuantError(Exception):
+    """Base of every error raised on purpose by nexusquant."""
+
+
+class ConfigError(NexusQuantError, ValueError):
+    """A setting, preset or argument that does not exist or is out of range."""
+
+
+class UnsupportedError(NexusQuantError):
+    """A model, cache or operation that cannot work on a compressed cache."""
+
+
+class NonFiniteError(NexusQuantError, ValueError):
+    """NaN or infinity in keys, values or scores: compressing it would spread silently."""
+
+
+class LoadError(NexusQuantError):
+    """A model, tokenizer or file that could not be loaded."""

@@ -1,0 +1,145 @@
+"""`NexusCache`: a transformers cache whose layers are compact, and the swap that makes one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from nexusquant.accounting import CacheStats, storage_bytes
+from nexusquant.config import CompressionConfig, resolve_config
+from nexusquant.errors import UnsupportedError
+from nexusquant.hf.dispatch import Lease
+from nexusquant.hf.layer import CompactLayer, CompactSlidingLayer, Notices
+from nexusquant.hf.rope_tables import RopeBook
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises `UnsupportedError` for what cannot have a compressed cache at all."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(f"expected a transformers model, got {type(model).__name__}.")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{type(model).__name__} is an encoder-decoder model; only decoder-only models are"
+            " supported."
+        )
+    supports = getattr(type(model), "_supports_default_dynamic_cache", None)
+    if supports is not None and not supports():
+        raise UnsupportedError(
+            f"{type(model).__name__} does not use a key-value cache that transformers manages"
+            " (DynamicCache), so there is nothing to compress."
+        )
+
+
+def compact_layers(cache: Cache, model: nn.Module, config: CompressionConfig) -> None:
+    """Swap the attention layers of an empty `DynamicCache` for compact ones, in place."""
+    lease = Lease(model)
+    layers = cache.layers or DynamicCache(config=_text_config(model)).layers
+    notices, book = Notices(), RopeBook()
+    swapped: list[Any] = []
+    kept: dict[str, int] = {}
+    for index, layer in enumerate(layers):
+        if type(layer) is DynamicLayer:
+            new: Any = CompactLayer(config, index, notices)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            new = CompactSlidingLayer(config, index, notices, layer.sliding_window)
+        else:
+            kept[type(layer).__name__] = kept.get(type(layer).__name__, 0) + 1
+            swapped.append(layer)
+            continue
+        new.book, new.lease = book, lease
+        if getattr(layer, "record_past", False):
+            new.activate_past_recording()
+        swapped.append(new)
+    if kept:
+        what = ", ".join(f"{count} {name}" for name, count in sorted(kept.items()))
+        notices.warn(f"layers that stay uncompressed in this model: {what}.")
+    cache.layers = swapped
+    cache.layer_class_to_replicate = None
+
+
+def _text_config(model: nn.Module) -> Any:
+    return model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+
+
+def cache_stats(cache: Cache) -> CacheStats:
+    """Measured size of any cache, compact or not."""
+    layers = [layer for layer in cache.layers if getattr(layer, "is_initialized", False)]
+    compact = [layer for layer in layers if isinstance(layer, CompactLayer)]
+    coded = [layer for layer in compact if layer.stored.count]
+    things = [x for layer in compact for x in layer.tensors()]
+    others = [vars(layer) for layer in layers if not isinstance(layer, CompactLayer)]
+    elements = sum(layer.elements for layer in compact)
+    for layer in layers:
+        if not isinstance(layer, CompactLayer):
+            for name in ("keys", "values"):
+                tensor = getattr(layer, name, None)
+                elements += tensor.numel() if tensor is not None else 0
+    kept = [layer.stored.count + layer.length - layer.tail_start for layer in coded]
+    return CacheStats(
+        nbytes=storage_bytes(things, others),
+        elements=elements,
+        tokens=max((layer.get_seq_length() for layer in compact), default=0),
+        kept_tokens=sum(kept) / len(kept) if kept else 0.0,
+        layers=len(cache.layers),
+        compressed_layers=len(coded),
+        exact_layers=len(cache.layers) - len(coded),
+    )
+
+
+class NexusCache(DynamicCache):
+    """A compressed KV cache: pass it as `past_key_values` to `generate` or `forward`.
+
+    Works outside any context manager; attention is routed to it while it is alive.
+
+    Args:
+        model: the causal LM that will use it.
+        quality: "lossless", "high" (= "conservative"), "balanced", "max" (= "aggressive"), or a
+            `CompressionConfig`.
+        **overrides: fields of `CompressionConfig`.
+
+    Raises:
+        ConfigError: unknown preset or field.
+        UnsupportedError: a model that cannot have a compressed cache (encoder-decoder, no
+            DynamicCache, flex attention).
+
+    Example:
+        >>> from nexusquant import NexusCache
+        >>> cache = NexusCache(model, quality="balanced")  # doctest: +SKIP
+        >>> model.generate(input_ids, past_key_values=cache)  # doctest: +SKIP
+        >>> cache.compression_ratio  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, model: nn.Module, quality: str | CompressionConfig = "balanced", **overrides: Any
+    ) -> None:
+        check_model(model)
+        self.config = resolve_config(quality, **overrides)
+        super().__init__(config=_text_config(model))
+        compact_layers(self, model, self.config)
+
+    @property
+    def profile(self) -> None:
+        """What is shared between sequences: nothing yet."""
+        return None
+
+    def stats(self) -> CacheStats:
+        """Everything measured at once."""
+        return cache_stats(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes."""
+        return self.stats().nbytes
+
+    @property
+    def bits_per_element(self) -> float:
+        """Allocated bits per element of the uncompressed cache."""
+        return self.stats().bits_per_element
+
+    @property
+    def compression_ratio(self) -> float:
+        """fp16 bytes of the uncompressed cache over allocated bytes."""
+        return self.stats().compression_ratio

@@ -1,0 +1,208 @@
+"""`nexusquant_evict`: the one-liner. Every cache a model makes inside the block is compressed.
+
+The model instance gets a forward pre-hook that swaps the layers of the empty `DynamicCache` about
+to be used; `generate`, pipelines and plain forward calls keep their own objects. Nothing is patched
+on classes, and two threads may run different settings on one model: each sees its own block, and a
+thread that has none (a streaming worker started inside) sees the one entered last.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import inspect
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from nexusquant.accounting import CacheStats
+from nexusquant.config import CompressionConfig, resolve_config
+from nexusquant.errors import NexusQuantError
+from nexusquant.hf.cache import cache_stats, check_model, compact_layers
+from nexusquant.hf.dispatch import Installation
+from nexusquant.hf.layer import CompactLayer, Notices
+from nexusquant.hf.scoring import Scoring, join, run_chunks, splittable
+
+_lock = threading.RLock()
+_thread = threading.local()
+
+
+class Run:
+    """What `nexusquant_evict` yields: the settings and, afterwards, the figures.
+
+    Attributes:
+        config: the settings in force.
+    """
+
+    def __init__(self, config: CompressionConfig) -> None:
+        self.config = config
+        self.notices = Notices()
+        self._cache: Cache | None = None
+        self._last: CacheStats | None = None
+
+    @property
+    def stats(self) -> CacheStats:
+        """Measured size of the cache used last.
+
+        Raises:
+            NexusQuantError: no cache was used.
+        """
+        if self._cache is not None:
+            self._last = cache_stats(self._cache)
+        if self._last is None:
+            raise NexusQuantError("no cache was used inside this nexusquant_evict block yet.")
+        return self._last
+
+    def adopt(self, cache: Cache) -> None:
+        """Remember the cache in use; the one before is measured and let go."""
+        if cache is not self._cache:
+            self.let_go()
+            self._cache = cache
+
+    def let_go(self) -> None:
+        """Measure the cache and drop it."""
+        if self._cache is not None:
+            self._last, self._cache = cache_stats(self._cache), None
+
+
+# Runs entered by this thread or task, and all runs of a model for threads that entered none.
+_active: contextvars.ContextVar[tuple[tuple[int, Run], ...]] = contextvars.ContextVar(
+    "nexusquant_active", default=()
+)
+_entered: weakref.WeakKeyDictionary[nn.Module, list[Run]] = weakref.WeakKeyDictionary()
+_hooks: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+
+
+def _current(model: nn.Module) -> Run | None:
+    runs = _entered.get(model, [])
+    mine = [run for owner, run in _active.get() if owner == id(model) and run in runs]
+    return mine[-1] if mine else runs[-1] if runs else None
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name."""
+    if not args:
+        return dict(kwargs)
+    names = list(inspect.signature(model.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _before(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook: make sure the cache that is about to be used is compact."""
+    run = _current(model)
+    if run is None:
+        return None
+    kwargs = _named(model, args, kwargs)
+    if splittable(kwargs, run.config.residual_length):
+        scoring, kwargs = run_chunks(model, kwargs, run.config.residual_length)
+        _scorings().append((id(model), scoring))
+        return (), kwargs
+    cache = kwargs.get("past_key_values")
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        text_config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+        use_cache = getattr(text_config, "use_cache", True)
+    if cache is None and use_cache:
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # type: ignore[union-attr,operator]
+        kwargs["past_key_values"] = cache
+    if cache is not None:
+        _compact(model, run, cache)
+    return (), kwargs
+
+
+def _compact(model: nn.Module, run: Run, cache: Any) -> None:
+    if any(isinstance(layer, CompactLayer) for layer in getattr(cache, "layers", ())):
+        run.adopt(cache)
+    elif type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        kind = "offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
+        run.notices.warn(
+            f"{kind} is left uncompressed; use the default DynamicCache (no cache_implementation)."
+        )
+    elif cache.get_seq_length() > 0:
+        run.notices.warn(
+            "a DynamicCache that already holds tokens is left uncompressed; start it inside the"
+            " nexusquant_evict block or create a NexusCache."
+        )
+    else:
+        compact_layers(cache, model, run.config)
+        run.adopt(cache)
+
+
+def _scorings() -> list[tuple[int, Scoring]]:
+    if not hasattr(_thread, "scorings"):
+        _thread.scorings = []
+    found: list[tuple[int, Scoring]] = _thread.scorings
+    return found
+
+
+def _after(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Forward hook, also after exceptions (output None): free workspace, put a score together."""
+    cache = kwargs.get("past_key_values")
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, CompactLayer) and layer.book is not None:
+            layer.book.finish()
+            break
+    pending = _scorings()
+    if pending and pending[-1][0] == id(model):
+        _, scoring = pending.pop()
+        return None if output is None else join(model, scoring, output)
+    return None
+
+
+@contextmanager
+def nexusquant_evict(
+    model: nn.Module, quality: str | CompressionConfig = "balanced", **overrides: Any
+) -> Iterator[Run]:
+    """Compress every KV cache that `model` makes inside the block.
+
+    Args:
+        model: a transformers causal LM. It is not modified beyond hooks that leave with the block;
+            caches made inside keep working afterwards.
+        quality: "lossless", "high" (= "conservative"), "balanced", "max" (= "aggressive"), or a
+            `CompressionConfig`.
+        **overrides: fields of `CompressionConfig`.
+
+    Yields:
+        `Run`, whose `stats` give the measured size of the cache used last.
+
+    Raises:
+        ConfigError: unknown preset or field.
+        UnsupportedError: a model that cannot have a compressed cache.
+
+    Example:
+        >>> from nexusquant import nexusquant_evict
+        >>> with nexusquant_evict(model, quality="balanced") as run:  # doctest: +SKIP
+        ...     model.generate(input_ids, max_new_tokens=500)
+        >>> print(run.stats)  # doctest: +SKIP
+    """
+    check_model(model)
+    run = Run(resolve_config(quality, **overrides))
+    installation = Installation(model)
+    with _lock:
+        runs = _entered.setdefault(model, [])
+        if not runs:
+            _hooks[model] = [
+                model.register_forward_pre_hook(_before, with_kwargs=True),
+                model.register_forward_hook(_after, with_kwargs=True, always_call=True),
+            ]
+        runs.append(run)
+    _active.set((*_active.get(), (id(model), run)))
+    try:
+        yield run
+    finally:
+        _active.set(tuple(entry for entry in _active.get() if entry[1] is not run))
+        with _lock:
+            runs.remove(run)
+            if not runs:
+                for hook in _hooks.pop(model):
+                    hook.remove()
+                del _entered[model]
+        installation.release()
+        run.let_go()

@@ -1,0 +1,315 @@
+"""Compact cache layers: codes for the past, a small uncoded tail, sizes reported as logical."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from nexusquant.accounting import storage_bytes
+from nexusquant.compressor import Chunk, Stored, compress
+from nexusquant.config import CompressionConfig
+from nexusquant.errors import UnsupportedError
+from nexusquant.hf.dispatch import Lease
+from nexusquant.hf.handle import KVHandle, Snapshot
+from nexusquant.hf.rope_tables import LayerRope, RopeBook, RotaryCall
+from nexusquant.math.e8 import GROUP
+from nexusquant.math.rope import Frequencies, KeyFrame
+
+
+class NexusQuantWarning(UserWarning):
+    """Something stays uncompressed; results are exact."""
+
+
+class Notices:
+    """Warnings of one cache, each message given once."""
+
+    def __init__(self) -> None:
+        self.given: set[str] = set()
+
+    def warn(self, message: str) -> None:
+        """Warn unless this cache already did."""
+        if message not in self.given:
+            self.given.add(message)
+            warnings.warn(message, NexusQuantWarning, stacklevel=2)
+
+
+class CompactLayer(CacheLayerMixin):
+    """One full-attention layer's cache.
+
+    `update` appends to the tail and returns handles; our attention function calls `absorb` once
+    this layer's attention has been computed, and only then are tokens compressed. A layer that is
+    never reached by our attention function therefore stays exact.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, config: CompressionConfig, layer_idx: int, notices: Notices) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.notices = config, layer_idx, notices
+        self.book: RopeBook | None = None
+        self.lease: Lease | None = None
+        self.rope: LayerRope | None = None
+        self.record_past = False
+        self.exact = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.stored = Stored()
+        self.tail_keys: Tensor | None = None
+        self.tail_values: Tensor | None = None
+        self.length = 0
+        self.is_initialized = False
+        self.deferred: tuple[Tensor, Tensor | None, float, float | None] | None = None
+        if self.rope is not None:
+            self.rope.truncate(0)
+
+    # -- what transformers asks for
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Remember dtype and device; layers that cannot be coded stay exact, with one warning."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+        dims = {key_states.shape[-1], value_states.shape[-1]}
+        if self.config.codec == "e8" and any(dim % GROUP for dim in dims):
+            self.exact = True
+            self.notices.warn(
+                f"head_dim {sorted(dims)} is not a multiple of {GROUP}: such layers stay exact."
+            )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append K and V, each (batch, kv_heads, new, dim); returns their handles."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        first_column = self.get_mask_sizes(key_states.shape[-2])[1]
+        new = key_states.detach(), value_states.detach()
+        if self.tail_keys is not None and self.tail_values is not None:
+            new = torch.cat([self.tail_keys, new[0]], -2), torch.cat([self.tail_values, new[1]], -2)
+        self.tail_keys, self.tail_values = new
+        self.length += key_states.shape[-2]
+        snapshot = Snapshot(
+            self, self.stored, *new, self.tail_start, key_states.shape[-2], first_column
+        )
+        return KVHandle(snapshot, 0), KVHandle(snapshot, 1)
+
+    def get_seq_length(self) -> int:
+        """Logical length: positions and masks are built from it."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(columns, first column) of the attention mask: columns are slots."""
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in early 5.x
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, -1 before the first update."""
+        if self.tail_keys is not None:
+            return self.tail_keys.shape[0]
+        for part in self.stored.parts():
+            return (part.key_mean if hasattr(part, "key_mean") else part.keys).shape[0]
+        return -1
+
+    @property
+    def tail_start(self) -> int:
+        """Slot of the first uncoded tail token."""
+        return self.length - (0 if self.tail_keys is None else self.tail_keys.shape[2])
+
+    # Readers of layer.keys (debuggers, cross-attention) get a lazy handle.
+    keys = property(lambda self: self._peek(0), lambda self, value: None)
+    values = property(lambda self: self._peek(1), lambda self, value: None)
+
+    def _peek(self, which: int) -> Tensor | None:
+        if not getattr(self, "is_initialized", False) or self.tail_keys is None:
+            return None
+        assert self.tail_values is not None
+        first = max(self.get_mask_sizes(0)[1], 0)
+        snapshot = Snapshot(
+            self, self.stored, self.tail_keys, self.tail_values, self.tail_start, 0, first
+        )
+        return KVHandle(snapshot, which)
+
+    # -- what our attention function asks for
+
+    def frame(self) -> KeyFrame:
+        """Coordinates that this layer's keys are coded in, with this forward's rows."""
+        return self.rope.frame(self.config.rope_page) if self.rope else KeyFrame(None, 0)
+
+    def record_rotary(
+        self,
+        call: RotaryCall | None,
+        module: nn.Module,
+        snapshot: Snapshot,
+        candidates: Callable[[], list[Frequencies]],
+    ) -> None:
+        """Capture the rotary rows of the new tokens: coding and scoring undo them."""
+        if self.book is None or (self.config.codec == "exact" and not self.config.evict_ratio):
+            return
+        past = snapshot.length - snapshot.new
+        head_dim = snapshot.tail_keys.shape[-1]
+        self.rope = self.book.record(self.rope, call, module, past, candidates, head_dim)
+
+    def absorb(
+        self, query: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
+    ) -> None:
+        """This layer's attention is done: compress the tail if it is long enough.
+
+        Args:
+            query: (batch, query_heads, q_len, dim) post-RoPE, of the last q_len tail tokens.
+            valid: (batch, tail) bool, False for padding.
+        """
+        if self.record_past:  # a rollback may come: `crop` compresses
+            self.deferred = (query.detach(), valid, scaling, softcap)
+            return
+        self._compress(query.detach(), valid, scaling, softcap)
+
+    def _compress(
+        self, query: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
+    ) -> None:
+        if self.exact or self.tail_keys is None or self.tail_values is None:
+            return
+        if self.tail_keys.shape[2] < self.config.residual_length:
+            return
+        chunk = Chunk(
+            self.tail_keys, self.tail_values, self.tail_start, valid,
+            query if query.shape[2] >= self.config.residual_length else None,
+            scaling, softcap, self.layer_idx,
+        )  # fmt: skip
+        self.stored = compress(self.config, self.stored, chunk, self.frame())
+        # Fresh empty tensors: a view would keep the whole prompt's storage alive.
+        self.tail_keys = torch.empty_like(self.tail_keys[:, :, :0])
+        self.tail_values = torch.empty_like(self.tail_values[:, :, :0])
+
+    @property
+    def elements(self) -> int:
+        """Elements of K and V that an uncompressed layer would hold now."""
+        if self.tail_keys is None or self.tail_values is None:
+            return 0
+        tokens = self.length - self.get_mask_sizes(0)[1]
+        shapes = (self.tail_keys.shape, self.tail_values.shape)
+        return tokens * sum(b * h * d for b, h, _, d in shapes)
+
+    def tensors(self) -> list[Any]:
+        """Everything that holds storage, for accounting."""
+        return [self.stored, self.tail_keys, self.tail_values, self.rope.table.spans if self.rope else None]
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes of this layer (shared rotary rows included)."""
+        return storage_bytes(*self.tensors())
+
+    # -- batch operations, rollback, offload
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        batch = self.batch_size
+        if batch < 0:
+            return
+        self.stored = self.stored.map(fn)
+        if self.tail_keys is not None and self.tail_values is not None:
+            self.tail_keys, self.tail_values = fn(self.tail_keys), fn(self.tail_values)
+        if self.rope is not None:
+            self.rope.map(fn, batch)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Batch row i becomes row beam_idx[i]."""
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every batch row `repeats` times in a row."""
+        self._map(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some batch rows."""
+        self._map(lambda t: t[indices.to(t.device) if isinstance(indices, Tensor) else indices])
+
+    def activate_past_recording(self) -> None:
+        """Compress only after `crop` said which tokens stay."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last |n| tokens for n <= 0; keep the first n for n > 0 (early 5.x).
+
+        Raises:
+            UnsupportedError: more tokens than are uncoded.
+        """
+        count = self.length - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        if count > 0 and self.is_initialized:
+            have = 0 if self.tail_keys is None else self.tail_keys.shape[2]
+            if count > have:
+                raise UnsupportedError(
+                    f"cannot remove {count} tokens from layer {self.layer_idx}: only the last {have}"
+                    " are uncompressed. Call activate_past_recording() before the tokens are added."
+                )
+            assert self.tail_keys is not None and self.tail_values is not None
+            self.tail_keys = self.tail_keys[:, :, : have - count]
+            self.tail_values = self.tail_values[:, :, : have - count]
+            self.length -= count
+        if self.deferred is not None:
+            query, valid, scaling, softcap = self.deferred
+            self.deferred = None
+            if count:
+                query = query[:, :, : max(query.shape[2] - count, 0)]
+                valid = None if valid is None else valid[:, : valid.shape[1] - count]
+            self._compress(query, valid, scaling, softcap)
+
+    def offload(self) -> None:
+        """Move to the CPU."""
+        self._map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move back to the device of the first update."""
+        self._map(lambda t: t.to(self.device, non_blocking=True))
+
+
+class CompactSlidingLayer(CompactLayer):
+    """A sliding-window layer: coded without eviction; tokens that left the window are dropped.
+
+    Args:
+        sliding_window: tokens a query sees, its own included.
+    """
+
+    is_sliding = True
+
+    def __init__(
+        self, config: CompressionConfig, layer_idx: int, notices: Notices, sliding_window: int
+    ) -> None:
+        self.sliding_window = sliding_window
+        super().__init__(config.replace(evict_ratio=0.0, sinks=0), layer_idx, notices)
+
+    def get_max_length(self) -> int:
+        """The window."""
+        return self.sliding_window
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(columns, first column): only slots the next query can see have columns."""
+        first = max(self.length - self.sliding_window + 1, 0)
+        return self.length - first + query_length, first
+
+    def _compress(
+        self, query: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
+    ) -> None:
+        first = self.get_mask_sizes(0)[1]
+        self.stored = self.stored.drop_before(first)
+        surplus = first - self.tail_start
+        if surplus > 0 and self.tail_keys is not None and self.tail_values is not None:
+            self.tail_keys = self.tail_keys[:, :, surplus:].clone()
+            self.tail_values = self.tail_values[:, :, surplus:].clone()
+            valid = None if valid is None else valid[:, surplus:]
+        super()._compress(query, valid, scaling, softcap)

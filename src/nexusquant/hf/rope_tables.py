@@ -1,0 +1,172 @@
+"""Capturing the rotary rows that a model applies, per cache and RoPE flavour."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nexusquant.errors import UnsupportedError
+from nexusquant.math.rope import Frequencies, KeyFrame, RopeTable, capture
+
+Rows = dict[int, tuple[Tensor, Tensor]]
+
+# cos/sin computed for one forward pass: workspace, not cache content, dropped when the pass ends.
+_workspace: weakref.WeakKeyDictionary[RopeTable, Rows] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class ModelRope:
+    """The `apply_rotary_pos_emb` of a modeling module, found by name so that it can be pickled."""
+
+    module_name: str
+
+    def __call__(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        function = getattr(sys.modules[self.module_name], "apply_rotary_pos_emb")  # noqa: B009
+        if list(inspect.signature(function).parameters)[1] == "cos":  # one tensor at a time
+            return function(q, cos, sin, unsqueeze_dim=1), function(k, cos, sin, unsqueeze_dim=1)
+        turned: tuple[Tensor, Tensor] = function(q, k, cos, sin)
+        return turned
+
+    @staticmethod
+    def of(module: nn.Module) -> ModelRope | None:
+        """The function that the file of `module` defines, if it does."""
+        name = type(module).__module__
+        found = hasattr(sys.modules[name], "apply_rotary_pos_emb")
+        return ModelRope(name) if found else None
+
+
+@dataclass
+class LayerRope:
+    """A layer's view of a table; the layer that made the table also maintains it."""
+
+    table: RopeTable
+    owner: bool
+
+    def frame(self, page: int) -> KeyFrame:
+        """The key frame, sharing its rows with the other layers of this forward pass."""
+        return KeyFrame(self.table, page, _workspace.setdefault(self.table, {}))
+
+    def truncate(self, length: int) -> None:
+        """Forget slots from `length` on."""
+        if self.owner:
+            _workspace.pop(self.table, None)
+            self.table.truncate(length)
+
+    def map(self, fn: Callable[[Tensor], Tensor], batch: int) -> None:
+        """Apply a batch operation, once per table."""
+        if self.owner:
+            _workspace.pop(self.table, None)
+            self.table.map(fn, batch)
+
+
+@dataclass(frozen=True)
+class RotaryCall:
+    """What an attention module was called with: cos, sin and maybe the position ids."""
+
+    cos: Tensor
+    sin: Tensor
+    position_ids: Tensor | None
+
+
+class RopeBook:
+    """The rotary tables of one cache. Layers that get the same cos tensor share a table."""
+
+    def __init__(self) -> None:
+        self.tables: list[RopeTable] = []
+        self.sources: list[int] = []  # id of the cos tensor last recorded, per table
+
+    def record(
+        self,
+        rope: LayerRope | None,
+        call: RotaryCall | None,
+        module: nn.Module,
+        past: int,
+        candidates: Callable[[], list[Frequencies]],
+        head_dim: int,
+    ) -> LayerRope | None:
+        """Record the rows of slots past, past + 1, ... and return the layer's rope.
+
+        None (keys stay as rotated) if the model passes no rows or they cannot be inverted.
+
+        Raises:
+            UnsupportedError: a layer whose keys are un-rotated was called without rows.
+        """
+        if call is None:
+            if rope is not None:
+                raise UnsupportedError(
+                    "this layer's rotary rows were captured before but not for this call; call the"
+                    " model through its own forward."
+                )
+            return None
+        new = call.cos.shape[1]
+        if rope is None:
+            if past:
+                return None
+            for table, source in zip(self.tables, self.sources, strict=True):
+                if source == id(call.cos) and table.length == past + new:
+                    return LayerRope(table, owner=False)
+            apply = ModelRope.of(module)
+            if apply is None:
+                return None
+            rope = LayerRope(RopeTable(apply), owner=True)
+            self._extend(rope, call, past, candidates)
+            if not _invertible(rope, head_dim):
+                return None
+            self.tables.append(rope.table)
+            self.sources.append(id(call.cos))
+        elif rope.owner:
+            self._extend(rope, call, past, candidates)
+            self.sources[self.tables.index(rope.table)] = id(call.cos)
+        return rope
+
+    @staticmethod
+    def _extend(
+        rope: LayerRope,
+        call: RotaryCall,
+        past: int,
+        candidates: Callable[[], list[Frequencies]],
+    ) -> None:
+        positions = call.position_ids
+        if positions is None or positions.ndim != 2 or positions.shape[1] != call.cos.shape[1]:
+            first = past
+            positions = torch.arange(first, first + call.cos.shape[1])[None]
+        _workspace.pop(rope.table, None)
+        rope.table.extend(past, capture(call.cos, call.sin, positions, candidates()))
+
+    def finish(self) -> None:
+        """A forward pass ended: free its workspace."""
+        for table in self.tables:
+            _workspace.pop(table, None)
+
+
+def _invertible(rope: LayerRope, head_dim: int) -> bool:
+    """Whether un-rotating and rotating gives a vector back: the function may expect other rows."""
+    cos = rope.table.rows(1)[0]
+    slots = torch.arange(min(8, cos.shape[1]), device=cos.device).view(1, 1, -1)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(cos), 1, slots.shape[-1], head_dim, generator=generator).to(cos.device)
+    frame = KeyFrame(rope.table, 1)
+    try:
+        back = frame.leave(frame.enter(x, slots), slots)
+    except (RuntimeError, ValueError, TypeError):
+        return False
+    return bool((back - x).abs().max() < 1e-3)
+
+
+def rotary_frequencies(model: nn.Module) -> list[Frequencies]:
+    """Every inverse-frequency buffer of a model with its scaling, as they are now."""
+    found: list[Frequencies] = []
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name.endswith("inv_freq") and "original" not in name and buffer.ndim == 1:
+                scaling = getattr(module, name.replace("inv_freq", "attention_scaling"), 1.0)
+                found.append((buffer, float(scaling)))
+    return found

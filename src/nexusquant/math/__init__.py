@@ -1,0 +1,1 @@
+"""The mathematics: lattice codes, packing, transforms, gains and rotary embeddings."""
