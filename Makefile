@@ -10,6 +10,9 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 ARGS ?=
 
+# Spinning OpenMP threads crawl on cores that something else uses too.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 BIN := .venv/bin
 STAMP := .venv/.installed
 

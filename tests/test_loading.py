@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_checkpoint import save_folder, save_gguf, tiny_model, tiny_tokenizer
 
 from nexusquant import loading
 from nexusquant.errors import LoadError
 from nexusquant.loading import cache_dir, demo_model, load_model
+from tests.tiny_checkpoint import save_folder, save_gguf, tiny_model, tiny_tokenizer
 
 TEXT = "the quick brown fox"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,10 +49,7 @@ app = typer.Typer(
 Quality = Annotated[str, typer.Option(help="Preset; `nexusquant presets` lists them.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 PromptFile = Annotated[
-    Path | None,
-    typer.Option(
-        exists=True, dir_okay=False, allow_dash=True, help="UTF-8 text; - is standard input."
-    ),
+    Path | None, typer.Option(help="UTF-8 text; - is standard input.", allow_dash=True)
 ]
 
 
@@ -69,7 +67,10 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
     ] = False,
 ) -> None:
-    """Runs before every command; `--version` is handled by its callback."""
+    """Runs before every command, and before torch is loaded."""
+    # OpenMP threads that spin while they wait are tens of times slower on cores that other
+    # processes use too; threads that sleep cost next to nothing. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @app.command()
@@ -178,18 +179,24 @@ def presets() -> None:
 
     from rich.table import Table
 
-    from nexusquant.config import PRESETS
+    from nexusquant.config import PRESETS, CompressionConfig
 
     names: dict[CompressionConfig, list[str]] = {}
     for name, config in PRESETS.items():
         names.setdefault(config, []).append(name)
-    table = Table()
+    table, shared = Table(), []
     table.add_column("field")
     for same in names.values():
         table.add_column("\n".join(same), justify="right")
-    for field in fields(next(iter(names))):
-        table.add_row(field.name, *(str(getattr(config, field.name)) for config in names))
+    for field in fields(CompressionConfig):
+        values = [str(getattr(config, field.name)) for config in names]
+        if len(set(values)) > 1:
+            table.add_row(field.name, *values)
+        else:
+            shared.append(f"{field.name}={values[0]}")
     Console().print(table)
+    typer.echo(f"in all of them: {', '.join(shared)}")
+    typer.echo("any field can be changed: nexusquant generate ... --set evict_ratio=0.5")
 
 
 def _parse_settings(settings: list[str]) -> dict[str, Any]:
@@ -212,8 +219,10 @@ def _parse_settings(settings: list[str]) -> dict[str, Any]:
 def _read(path: Path) -> str:
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoadError(f"{path}: cannot read it as UTF-8 text ({error}).") from error
+    except OSError as error:
+        raise LoadError(f"{path}: cannot read it ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise LoadError(f"{path}: not UTF-8 text ({error}).") from error
     if not text.strip():
         raise ConfigError(f"{path}: holds no text.")
     return text

@@ -61,8 +61,9 @@ class Slots:
             return Slots(self.start, self.count + other.count)
         one = self.gaps if self.gaps is not None else other.gaps
         device = one.device if one is not None else torch.device("cpu")
-        mine, theirs = (s.positions(device).expand(batch, -1, -1) for s in (self, other))
+        mine, theirs = (s.positions(device) for s in (self, other))
         wide = max(mine.shape[1], theirs.shape[1])
+        mine, theirs = (x.expand(batch, wide, -1) for x in (mine, theirs))
         first = mine.clamp(min=self.start - 1).amax(-1, keepdim=True)
         seen = torch.cat([first, theirs.clamp(min=0)], -1).cummax(-1).values
         tail = torch.where(theirs < 0, 0, seen.diff(dim=-1))
@@ -70,7 +71,7 @@ class Slots:
         return replace(
             self,
             count=self.count + other.count,
-            gaps=_narrow(torch.cat([head.long(), tail.expand(batch, wide, -1)], -1)),
+            gaps=_narrow(torch.cat([head.long(), tail], -1)),
         )
 
     def _dense_gaps(self, device: torch.device) -> Tensor:

@@ -143,12 +143,7 @@ def _scorings() -> list[tuple[int, Scoring]]:
 
 
 def _after(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """Forward hook, also after exceptions (output None): free workspace, put a score together."""
-    cache = kwargs.get("past_key_values")
-    for layer in getattr(cache, "layers", ()):
-        if isinstance(layer, CompactLayer) and layer.book is not None:
-            layer.book.finish()
-            break
+    """Forward hook, also after exceptions (output None): put the score together."""
     pending = _scorings()
     if pending and pending[-1][0] == id(model):
         _, scoring = pending.pop()

@@ -22,7 +22,7 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from nexusquant.attention import Mask, attend
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.handle import KVHandle, Snapshot
-from nexusquant.hf.rope_tables import RotaryCall, rotary_frequencies
+from nexusquant.hf.rope_tables import RotaryCall, forget_workspace, rotary_frequencies
 from nexusquant.math.rope import Frequencies
 
 EAGER = "nexusquant_eager"
@@ -54,6 +54,13 @@ def _rotary_of(module: nn.Module) -> RotaryCall | None:
     return rows if owner == id(module) else None
 
 
+def _finish(model: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook, also after exceptions: rotary rows are workspace of one pass."""
+    for table in getattr(_call, "tables", ()):
+        forget_workspace(table)
+    _call.tables = weakref.WeakSet()
+
+
 def _candidates(module: nn.Module) -> list[Frequencies]:
     reference = _models_of.get(module)
     model = reference() if reference is not None else None
@@ -76,6 +83,10 @@ def _nexus_attention(
     layer = snapshot.layer
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer.record_rotary(_rotary_of(module), module, snapshot, lambda: _candidates(module))
+    if layer.rope is not None and layer.rope.owner:
+        if not hasattr(_call, "tables"):
+            _call.tables = weakref.WeakSet()
+        _call.tables.add(layer.rope.table)
     _check(module, query, snapshot, attention_mask, kwargs)
     if not snapshot.compressed:
         keys, values = snapshot.dense()
@@ -230,7 +241,7 @@ class Lease:
 
 
 def _hook_attention(model: nn.Module) -> list[Any]:
-    handles = []
+    handles = [model.register_forward_hook(_finish, always_call=True)]
     for module in model.modules():
         if "ttention" in type(module).__name__ and hasattr(module, "layer_idx"):
             _models_of[module] = weakref.ref(model)

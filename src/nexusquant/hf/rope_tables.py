@@ -20,6 +20,11 @@ Rows = dict[int, tuple[Tensor, Tensor]]
 _workspace: weakref.WeakKeyDictionary[RopeTable, Rows] = weakref.WeakKeyDictionary()
 
 
+def forget_workspace(table: RopeTable) -> None:
+    """Drop the rows computed for `table`."""
+    _workspace.pop(table, None)
+
+
 @dataclass(frozen=True)
 class ModelRope:
     """The `apply_rotary_pos_emb` of a modeling module, found by name so that it can be pickled."""
@@ -57,13 +62,13 @@ class LayerRope:
     def truncate(self, length: int) -> None:
         """Forget slots from `length` on."""
         if self.owner:
-            _workspace.pop(self.table, None)
+            forget_workspace(self.table)
             self.table.truncate(length)
 
     def map(self, fn: Callable[[Tensor], Tensor], batch: int) -> None:
         """Apply a batch operation, once per table."""
         if self.owner:
-            _workspace.pop(self.table, None)
+            forget_workspace(self.table)
             self.table.map(fn, batch)
 
 
@@ -138,13 +143,8 @@ class RopeBook:
         if positions is None or positions.ndim != 2 or positions.shape[1] != call.cos.shape[1]:
             first = past
             positions = torch.arange(first, first + call.cos.shape[1])[None]
-        _workspace.pop(rope.table, None)
+        forget_workspace(rope.table)
         rope.table.extend(past, capture(call.cos, call.sin, positions, candidates()))
-
-    def finish(self) -> None:
-        """A forward pass ended: free its workspace."""
-        for table in self.tables:
-            _workspace.pop(table, None)
 
 
 def _invertible(rope: LayerRope, head_dim: int) -> bool:

@@ -1,0 +1,200 @@
+"""The command line, run in process on a tiny random model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import nexusquant
+from nexusquant import PRESETS, NexusCache, loading
+from nexusquant.cli import _parse_settings, app
+from nexusquant.errors import ConfigError
+from tests.tiny_checkpoint import save_folder
+
+EXACT = ("--set", "codec=exact", "--set", "evict_ratio=0")
+STORY = "the lazy dog packs my box with five dozen liquor jugs. " * 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Path:
+    file = tmp_path / "story.txt"
+    file.write_text(STORY)
+    return file
+
+
+def run(*args: str | Path, stdin: str | None = None) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr; anything but a deliberate exit is a failure."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def plain_answer(folder: Path, text: str, count: int) -> str:
+    model, tokenizer = loading.load_model(folder)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=1)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_version() -> None:
+    assert run("--version") == (0, f"nexusquant {nexusquant.__version__}\n", "")
+
+
+def test_help_and_version_do_not_load_torch() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from nexusquant.cli import app\n"
+        "for args in (['--version'], ['--help'], ['generate', '--help']):\n"
+        "    assert CliRunner().invoke(app, args).exit_code == 0, args\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_module_runs_the_same_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "nexusquant", "--version"], check=True, capture_output=True
+    )
+    assert done.stdout.decode() == f"nexusquant {nexusquant.__version__}\n"
+
+
+def test_presets_shows_every_preset_and_field() -> None:
+    code, out, _ = run("presets")
+    assert code == 0
+    for name in PRESETS:
+        assert name in out
+    row = next(line for line in out.splitlines() if "evict_ratio" in line)
+    distinct = dict.fromkeys(PRESETS.values())
+    assert [cell.strip() for cell in row.split("│")[2:-1]] == [
+        str(config.evict_ratio) for config in distinct
+    ]
+    for field in nexusquant.CompressionConfig.__dataclass_fields__:
+        assert field in out
+
+
+def test_generate_puts_the_text_on_stdout_and_statistics_on_stderr(
+    folder: Path, story: Path
+) -> None:
+    code, out, err = run("generate", folder, "--prompt-file", story, "--max-new-tokens", "8")
+    assert code == 0
+    model, tokenizer = loading.load_model(folder)
+    ids = tokenizer(STORY, return_tensors="pt").input_ids
+    cache = NexusCache(model, "balanced")
+    expected = model.generate(
+        ids, past_key_values=cache, max_new_tokens=8, do_sample=False, pad_token_id=1
+    )
+    assert out == tokenizer.decode(expected[0, ids.shape[1] :]).strip() + "\n"
+    assert str(cache.stats()) in err
+    assert "first token after" in err
+
+
+def test_generate_with_exact_storage_equals_plain_generate(folder: Path, story: Path) -> None:
+    code, out, _ = run("generate", folder, "--prompt-file", story, "--max-new-tokens", "8", *EXACT)
+    assert (code, out) == (0, plain_answer(folder, STORY, 8) + "\n")
+
+
+def test_generate_appends_the_prompt_to_the_file_and_reads_stdin(folder: Path, story: Path) -> None:
+    args = ("--prompt", "why?", "--max-new-tokens", "4", *EXACT)
+    expected = plain_answer(folder, f"{STORY}\n\nwhy?", 4) + "\n"
+    assert run("generate", folder, "--prompt-file", story, *args)[1] == expected
+    assert run("generate", folder, "--prompt-file", "-", *args, stdin=STORY)[1] == expected
+
+
+def test_compare_prints_both_answers(folder: Path, story: Path) -> None:
+    code, out, err = run(
+        "generate", folder, "--prompt-file", story, "--max-new-tokens", "8", "--compare", *EXACT
+    )
+    assert code == 0
+    assert "ratio, fp16 bytes / measured" in err
+    assert "32.00" in err
+    assert "plain cache answers" in err
+    assert out == plain_answer(folder, STORY, 8) + "\n"
+
+
+def test_more_tokens_than_positions_is_said(folder: Path) -> None:
+    _, _, err = run("generate", folder, "--prompt", STORY * 5, "--max-new-tokens", "1")
+    assert "more than the 512 this model was made for" in err
+
+
+def test_demo_measures_both_caches(
+    folder: Path, story: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "demo_model", lambda report: folder)
+    args = ("--prompt-tokens", "90", "--max-new-tokens", "5", "--question", "[bold]why?")
+    code, out, err = run("demo", "--prompt-file", story, *args)
+    assert code == 0, err
+    _, tokenizer = loading.load_model(folder)
+    total = len(tokenizer(STORY).input_ids)
+    assert f"90 of {total} tokens" in out
+    assert "[bold]why?" in out
+    assert "plain cache answers" in out
+    assert "compressed cache answers" in out
+    assert "Plain cache: reading" in err
+    assert "Compressed cache: reading" in err
+
+
+def test_demo_refuses_more_text_than_the_model_takes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "demo_model", lambda report: folder)
+    code, _, err = run("demo", "--prompt-tokens", "400")
+    assert code == 2
+    assert "--prompt-tokens 400: this model has room for 264" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--quality", "hihg"), "unknown quality 'hihg'; known presets: lossless, high"),
+        (("--set", "evict_ratio"), "--set evict_ratio: must be KEY=VALUE"),
+        (("--set", "evict=0.5"), "unknown setting evict; known: "),
+        (("--set", "evict_ratio=1.5"), r"evict_ratio=1.5: must be in [0, 1)"),
+        (("--dtype", "int7"), "dtype 'int7': must be one of"),
+        (("--device", "abacus"), "device 'abacus' cannot be used"),
+        (("--prompt", " "), "the prompt is empty"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(
+    folder: Path, args: tuple[str, ...], message: str
+) -> None:
+    code, out, err = run("generate", folder, "--prompt", "a dog", *args)
+    assert (code, out) == (2, "")
+    complaint = [line for line in err.splitlines() if not line.startswith("Loading")]
+    assert len(complaint) == 1
+    assert complaint[0].startswith(f"error: {message}")
+
+
+def test_missing_model_and_missing_file(folder: Path, tmp_path: Path) -> None:
+    code, _, err = run("generate", tmp_path / "gone", "--prompt", "a dog")
+    assert code == 2
+    assert "no such file or folder" in err
+    code, _, err = run("generate", folder, "--prompt-file", tmp_path / "gone.txt")
+    assert code == 2
+    assert f"{tmp_path / 'gone.txt'}: cannot read it (No such file or directory)" in err
+
+
+def test_unreadable_prompt_files(folder: Path, tmp_path: Path) -> None:
+    binary, empty = tmp_path / "binary", tmp_path / "empty"
+    binary.write_bytes(b"\xff\xfe\x00")
+    empty.write_text("\n")
+    for file, message in ((binary, "not UTF-8 text"), (empty, "holds no text")):
+        code, _, err = run("generate", folder, "--prompt-file", file)
+        assert code == 2
+        assert message in err
+
+
+def test_settings_are_typed() -> None:
+    assert _parse_settings(
+        ["evict_ratio=0.5", "per_head=false", "sinks = 8", "scorer=snapkv", "key_bits=3"]
+    ) == {"evict_ratio": 0.5, "per_head": False, "sinks": 8, "scorer": "snapkv", "key_bits": 3}
+    with pytest.raises(ConfigError, match="must be KEY=VALUE"):
+        _parse_settings(["=3"])
