@@ -116,6 +116,7 @@ def test_compare_prints_both_answers(folder: Path, story: Path) -> None:
     assert code == 0
     assert "ratio, fp16 bytes / measured" in err
     assert "32.00" in err
+    assert "quality balanced, codec=exact, evict_ratio=0" in err
     assert "plain cache answers" in err
     assert out == plain_answer(folder, STORY, 8) + "\n"
 

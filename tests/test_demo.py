@@ -100,6 +100,8 @@ def test_table_shows_what_was_measured(ids: torch.Tensor) -> None:
     page = io.StringIO()
     Console(width=100, file=page).print(comparison_table(plain, small, "title"))
     rows = dict(re.findall(r"│ (\S[^│]*?) +│ +(\S[^│]*│ +\S[^│]*?) +│", page.getvalue()))
+    sizes = re.findall(r"[\d.]+", rows["bytes, measured"])
+    assert sizes == [f"{run.stats.nbytes / 2**20:.2f}" for run in (plain, small)]
     bits = re.findall(r"[\d.]+", rows["bits per element"])
     assert bits == ["32.00", f"{small.stats.bits_per_element:.2f}"]
     ratios = re.findall(r"[\d.]+", rows["ratio, fp16 bytes / measured"])

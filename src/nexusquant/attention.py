@@ -53,10 +53,7 @@ class Mask:
                 seen = seen & self._columns(self.tensor[:, None, None, None].bool(), column, False)
             return seen
         mask = self.tensor
-        if mask.shape[1] == 1:
-            mask = mask[:, :, None]
-        else:
-            mask = mask.unflatten(1, (kv_heads, -1))
+        mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, -1))
         hidden = False if mask.dtype == torch.bool else _MASKED
         picked = self._columns(mask, column, hidden)
         empty = (slots < 0)[:, :, None, None]
@@ -74,7 +71,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class Partial:
-    """Attention over some of the tokens: output (b, h, g, q, dv) and log-sum-exp (b, h, g, q, 1)."""
+    """Attention over some tokens: output (b, h, g, q, dv) and log-sum-exp (b, h, g, q, 1)."""
 
     output: Tensor
     lse: Tensor
@@ -128,7 +125,7 @@ def _attend_part(
     softcap: float | None,
 ) -> Partial:
     """Online softmax over the blocks of one set of tokens; query (b, h, g, q, d) already scaled."""
-    batch, heads, group, q_len, _ = query.shape
+    _, heads, group, q_len, _ = query.shape
     flat = query.flatten(2, 3)
     step = max(64, min(2048, _LOGITS // flat.shape[:-1].numel()))
     top = flat.new_full((*flat.shape[:-1], 1), _MASKED)
@@ -140,10 +137,8 @@ def _attend_part(
             logits = torch.tanh(logits / softcap) * softcap
         logits = logits.unflatten(2, (group, q_len))
         bias = mask.bias(slots, q_len, heads)
-        if bias.dtype == torch.bool:
-            logits = logits.masked_fill(~bias, _MASKED)
-        else:
-            logits = logits + bias
+        plain = bias.dtype == torch.bool
+        logits = logits.masked_fill(~bias, _MASKED) if plain else logits + bias.to(logits.dtype)
         logits = logits.flatten(2, 3)
         new_top = torch.maximum(top, logits.amax(-1, keepdim=True))
         safe = torch.where(new_top == _MASKED, 0.0, new_top)

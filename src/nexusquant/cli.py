@@ -5,15 +5,12 @@ from __future__ import annotations
 import ast
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -25,6 +22,7 @@ if TYPE_CHECKING:
 
     from nexusquant.config import CompressionConfig
     from nexusquant.demo import Run
+    from nexusquant.progress import Steps
 
 
 class _Commands(TyperGroup):
@@ -94,8 +92,9 @@ def demo(
     text = None if prompt_file is None else _read(prompt_file)
     from nexusquant import demo as lab
     from nexusquant.loading import demo_model, load_model
+    from nexusquant.progress import progress_steps, quiet_transformers
 
-    with _quiet_transformers(), _progress() as progress:
+    with quiet_transformers(), progress_steps() as progress:
         folder = demo_model(progress.step)
         progress.step("Loading SmolLM2-135M-Instruct (float32)")
         model, tokenizer = load_model(folder, "float32", "cpu")
@@ -148,8 +147,9 @@ def generate(
         raise ConfigError("the prompt is empty: give --prompt-file, --prompt or both.")
     from nexusquant import demo as lab
     from nexusquant.loading import load_model
+    from nexusquant.progress import progress_steps, quiet_transformers
 
-    with _quiet_transformers(), _progress() as progress:
+    with quiet_transformers(), progress_steps() as progress:
         progress.step(f"Loading {model}")
         network, tokenizer = load_model(model, dtype, device)
         ids = lab.encode_prompt(tokenizer, text, chat)
@@ -165,7 +165,7 @@ def generate(
         else:
             run = _one_run(network, tokenizer, ids, config, max_new_tokens, progress)
     if plain is not None:
-        _print_comparison(Console(stderr=True), plain, run, quality)
+        _print_comparison(Console(stderr=True), plain, run, ", ".join([quality, *(settings or [])]))
     typer.echo(run.answer)
     per_token = run.seconds_per_token
     speed = "" if per_token is None else f", then {1000 * per_token:.1f} ms per token"
@@ -234,7 +234,7 @@ def _one_run(
     ids: Tensor,
     config: CompressionConfig | None,
     max_new_tokens: int,
-    progress: _Steps,
+    progress: Steps,
 ) -> Run:
     from nexusquant.demo import timed_run
 
@@ -253,7 +253,7 @@ def _both_runs(
     ids: Tensor,
     config: CompressionConfig,
     max_new_tokens: int,
-    progress: _Steps,
+    progress: Steps,
 ) -> tuple[Run, Run]:
     from nexusquant.demo import warm_up
 
@@ -262,56 +262,12 @@ def _both_runs(
     return plain, _one_run(model, tokenizer, ids, config, max_new_tokens, progress)
 
 
-def _print_comparison(console: Console, plain: Run, compressed: Run, quality: str) -> None:
+def _print_comparison(console: Console, plain: Run, compressed: Run, settings: str) -> None:
     from nexusquant.demo import comparison_table
 
-    console.print(comparison_table(plain, compressed, f"measured, quality {quality!r}"))
+    console.print(comparison_table(plain, compressed, f"measured, quality {settings}"))
     _print_panel(console, "plain cache answers", plain.answer)
 
 
 def _print_panel(console: Console, title: str, text: str) -> None:
     console.print(Panel(Text(text), title=title, title_align="left", width=76))
-
-
-class _Steps:
-    """Progress on stderr: a live line in a terminal, one line per step anywhere else."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.task = progress.add_task("Starting", total=None)
-
-    def step(self, text: str) -> None:
-        """A new step: its clock starts at zero."""
-        if self.progress.console.is_terminal:
-            self.progress.reset(self.task, description=text)
-        else:
-            self.progress.console.print(text, highlight=False, soft_wrap=True)
-
-    def tick(self, text: str) -> None:
-        """News of the step under way."""
-        self.progress.update(self.task, description=text)
-
-
-@contextmanager
-def _progress() -> Iterator[_Steps]:
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    live = console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not live) as progress:
-        yield _Steps(progress)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Loading bars and advice would break up the command's own output; restored on exit."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

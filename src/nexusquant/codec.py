@@ -75,6 +75,7 @@ class NexusQuantSimple:
     def __init__(self, quality: str | CompressionConfig = "lossless", **overrides: Any) -> None:
         self.config = resolve_config(quality, **overrides)
 
+    @torch.no_grad()
     def encode(self, keys: Tensor, values: Tensor, queries: Tensor | None = None) -> PackedKV:
         """Compress keys and values, each (batch, kv_heads, tokens, head_dim) floating point.
 
@@ -93,9 +94,13 @@ class NexusQuantSimple:
                 f" heads and tokens; got {tuple(keys.shape)} and {tuple(values.shape)}."
             )
         if not (keys.is_floating_point() and values.is_floating_point()):
-            raise ConfigError(f"keys and values must be floating point, got {keys.dtype}.")
-        if not keys.numel():
-            raise ConfigError(f"nothing to encode: keys have shape {tuple(keys.shape)}.")
+            raise ConfigError(
+                f"keys and values must be floating point, got {keys.dtype} and {values.dtype}."
+            )
+        if not (keys.numel() and values.numel()):
+            raise ConfigError(
+                f"nothing to encode: shapes {tuple(keys.shape)} and {tuple(values.shape)}."
+            )
         chunk = Chunk(
             keys, values, 0, queries=keys if queries is None else queries,
             scaling=keys.shape[-1] ** -0.5,

@@ -17,7 +17,6 @@ from nexusquant.quantizer import Quantizer
 from nexusquant.scorers import ScoreInputs, get_scorer
 from nexusquant.tokens import BatchFn, CodedTokens, ExactTokens, Slots, gather_tokens
 
-
 _WORTH_A_COPY = 32
 
 
@@ -59,7 +58,7 @@ class Stored:
 
     def map(self, fn: BatchFn) -> Stored:
         """Apply a batch operation to everything stored."""
-        return Stored(*(part and part.map(fn) for part in (self.sinks, self.body)))
+        return Stored(self.sinks and self.sinks.map(fn), self.body and self.body.map(fn))
 
     def drop_before(self, slot: int) -> Stored:
         """Without the tokens before `slot`, once enough of them are worth a copy."""
@@ -107,7 +106,7 @@ def compress(
     frame = frame or KeyFrame(None, 0)
     kept = _select(config, past, chunk, frame)
     dtype = chunk.keys.dtype
-    if config.codec == "e8" and dtype == torch.float32:
+    if config.codec == "e8" and dtype.itemsize > 2:
         dtype = torch.float16
     sinks = past.sinks
     if kept.sinks.shape[-1]:
@@ -131,9 +130,7 @@ def _where(chunk: Chunk, what: str) -> str:
     return f"layer {chunk.layer_idx}, tokens {chunk.start} to {stop - 1}: {what}"
 
 
-def _select(
-    config: CompressionConfig, past: Stored, chunk: Chunk, frame: KeyFrame
-) -> Selection:
+def _select(config: CompressionConfig, past: Stored, chunk: Chunk, frame: KeyFrame) -> Selection:
     """Which candidates become sinks and which are kept."""
     batch, heads, tokens, _ = chunk.keys.shape
     first = past.sinks is None and past.body is None
@@ -164,9 +161,7 @@ def _encode(
 ) -> CodedTokens | ExactTokens:
     """The kept tokens behind `past`, in the config's codec."""
     if config.codec == "exact":
-        new = ExactTokens.select(
-            chunk.keys, chunk.values, index, chunk.start, chunk.keys.dtype
-        )
+        new = ExactTokens.select(chunk.keys, chunk.values, index, chunk.start, chunk.keys.dtype)
         return past.append(new) if isinstance(past, ExactTokens) else new
     empty = (index < 0)[..., None]
     slots = torch.where(index < 0, -1, index + chunk.start)

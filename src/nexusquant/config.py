@@ -58,7 +58,7 @@ class CompressionConfig:
     rope_page: int = 1
     residual_length: int = 32
     levels: str = "companded"
-    overload: float = 1.0
+    overload: float = 1.2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,7 +74,11 @@ class CompressionConfig:
 
         real = (int, float)
         need(number("evict_ratio", real) and 0 <= self.evict_ratio < 1, "evict_ratio", "in [0, 1)")
-        need(self.scorer in SCORERS, "scorer", "one of " + ", ".join(sorted(SCORERS)))
+        need(
+            isinstance(self.scorer, str) and self.scorer in SCORERS,
+            "scorer",
+            "one of " + ", ".join(sorted(SCORERS)),
+        )
         need(isinstance(self.per_head, bool), "per_head", "True or False")
         need(self.codec in CODECS, "codec", "one of " + ", ".join(CODECS))
         need(self.transform in TRANSFORMS, "transform", "one of " + ", ".join(TRANSFORMS))
@@ -84,7 +88,9 @@ class CompressionConfig:
             need(ok, name, f"a number from {MIN_BITS} to {MAX_BITS}")
         for name in ("sinks", "recent", "rope_page", "seed"):
             need(number(name) and getattr(self, name) >= 0, name, "an integer of at least 0")
-        need(number("residual_length") and self.residual_length >= 1, "residual_length", "at least 1")
+        need(
+            number("residual_length") and self.residual_length >= 1, "residual_length", "at least 1"
+        )
         need(number("overload", real) and 0.5 <= self.overload <= 4, "overload", "from 0.5 to 4")
 
     def to_json(self) -> str:
@@ -112,11 +118,11 @@ class CompressionConfig:
         return replace(self, **overrides)
 
 
-_HIGH = CompressionConfig(evict_ratio=0.35)
+_HIGH = CompressionConfig(evict_ratio=0.35, key_bits=2.25)
 _MAX = CompressionConfig(evict_ratio=0.80)
 
 PRESETS: dict[str, CompressionConfig] = {
-    "lossless": CompressionConfig(),
+    "lossless": CompressionConfig(key_bits=2.5),
     "high": _HIGH,
     "conservative": _HIGH,
     "balanced": CompressionConfig(evict_ratio=0.60),

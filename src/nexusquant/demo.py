@@ -175,8 +175,8 @@ def comparison_table(plain: Run, compressed: Run, title: str) -> Table:
     def row(label: str, show: Callable[[Run], str]) -> None:
         table.add_row(label, show(plain), show(compressed))
 
-    row("bytes, measured", lambda run: f"{run.stats.nbytes / 1e6:,.2f} MB")
-    row("the same tokens in fp16", lambda run: f"{run.stats.fp16_nbytes / 1e6:,.2f} MB")
+    row("bytes, measured", lambda run: f"{run.stats.nbytes / 2**20:,.2f} MiB")
+    row("the same tokens in fp16", lambda run: f"{run.stats.fp16_nbytes / 2**20:,.2f} MiB")
     row("ratio, fp16 bytes / measured", lambda run: f"{run.stats.compression_ratio:.2f}x")
     row("bits per element", lambda run: f"{run.stats.bits_per_element:.2f}")
     row("tokens kept per head", lambda run: f"{run.stats.kept_tokens:,.0f} of {run.stats.tokens:,}")

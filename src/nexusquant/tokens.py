@@ -65,7 +65,7 @@ class Slots:
         wide = max(mine.shape[1], theirs.shape[1])
         mine, theirs = (x.expand(batch, wide, -1) for x in (mine, theirs))
         first = mine.clamp(min=self.start - 1).amax(-1, keepdim=True)
-        seen = torch.cat([first, theirs.clamp(min=0)], -1).cummax(-1).values
+        seen = torch.cat([first, theirs.clamp(min=self.start - 1)], -1).cummax(-1).values
         tail = torch.where(theirs < 0, 0, seen.diff(dim=-1))
         head = self._dense_gaps(device).expand(batch, wide, -1)
         return replace(
@@ -138,9 +138,13 @@ class ExactTokens:
     def select(
         keys: Tensor, values: Tensor, index: Tensor, start: int, dtype: torch.dtype
     ) -> ExactTokens:
-        """The tokens at `index` (batch, heads or 1, n; -1 empty) of a chunk that begins at slot `start`."""
-        pick = [_fits(gather_tokens(x, index), dtype).contiguous() for x in (keys, values)]
-        return ExactTokens(*pick, Slots.of(torch.where(index < 0, -1, index + start)))
+        """The tokens at `index` (batch, heads or 1, n; -1 empty) of a chunk from slot `start`."""
+        empty = (index < 0)[..., None]  # zeros, as the token read instead may be NaN padding
+        keys, values = (
+            _fits(gather_tokens(x, index).masked_fill(empty, 0), dtype).contiguous()
+            for x in (keys, values)
+        )
+        return ExactTokens(keys, values, Slots.of(torch.where(index < 0, -1, index + start)))
 
     def append(self, other: ExactTokens) -> ExactTokens:
         """The tokens of both; `other` lies behind."""

@@ -33,8 +33,10 @@ _UNIFORM_STEP = {2: 0.4937, 3: 0.2917, 4: 0.1671}
 _COMPANDED = {
     2: (0.2052, 0.6553, 1.1457, 1.8630),
     3: (0.1101, 0.3369, 0.5684, 0.8198, 1.0902, 1.4056, 1.8000, 2.4558),
-    4: (0.0584, 0.1762, 0.2951, 0.4163, 0.5386, 0.6664, 0.7964, 0.9348)
-    + (1.0765, 1.2319, 1.3959, 1.5855, 1.8020, 2.0736, 2.4383, 3.0292),
+    4: (
+        *(0.0584, 0.1762, 0.2951, 0.4163, 0.5386, 0.6664, 0.7964, 0.9348),
+        *(1.0765, 1.2319, 1.3959, 1.5855, 1.8020, 2.0736, 2.4383, 3.0292),
+    ),
 }
 
 
@@ -43,11 +45,12 @@ def levels(bits: int, kind: str = "companded", widen: float = 1.0) -> Tensor:
     """The 2^(bits+1) sorted reconstruction levels for unit variance, times `widen`. fp32, CPU."""
     count = 2 ** (bits + 1)
     if kind == "uniform":
-        table = (torch.arange(count) - (count - 1) / 2) * _UNIFORM_STEP[bits]
+        index = torch.arange(count, dtype=torch.float32)
+        table = (index - (count - 1) / 2) * _UNIFORM_STEP[bits]
     else:
-        half = torch.tensor(_COMPANDED[bits])
+        half = torch.tensor(_COMPANDED[bits], dtype=torch.float32)
         table = torch.cat([-half.flip(0), half])
-    return (table * widen).float()
+    return table * widen
 
 
 def nearest_ref(x: Tensor, table: Tensor) -> Tensor:
@@ -101,7 +104,7 @@ class E8Code:
         return out.view(*x.shape[:-1], self.bits)
 
     def _encode_planes(self, x: Tensor) -> Tensor:
-        """x (8, M) -> (bits, M) bytes; coordinates lie in rows so that every op is a long vector."""
+        """x (8, M) -> (bits, M) bytes; one row per coordinate, so every op is a long vector."""
         table = self.levels(x.device)
         lowest_cost = word = high = None
         for coset in (0, 1):
@@ -113,11 +116,13 @@ class E8Code:
                 better = cost < lowest_cost
                 word = torch.where(better, packed, word)
                 high = torch.where(better, n >> 2, high)
-        assert word is not None and high is not None
+        assert word is not None
+        assert high is not None
         planes = [word & 255, word >> 8]
         weight = (1 << torch.arange(GROUP, device=x.device, dtype=torch.int32))[:, None]
         for plane in range(self.bits - 2):
-            planes.append((((high >> plane) & 1) * weight).sum(0, dtype=torch.int32))
+            bit = (high >> plane) & 1
+            planes += [(bit * weight).sum(0, dtype=torch.int32)]
         return torch.stack(planes).to(torch.uint8)
 
     def unpack(self, data: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ class E8Code:
         """Equal to `decode_ref`; at 2 bits one table row per group."""
         if self.bits != 2:
             return self.decode_ref(data)
-        word = data.contiguous().view(torch.int16)[..., 0].int() & 0xFFFF
+        word = data[..., 0].int() | (data[..., 1].int() << 8)
         return torch.nn.functional.embedding(word, _word_table(self, data.device))
 
 

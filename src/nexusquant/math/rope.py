@@ -3,7 +3,7 @@
 The model's own function does the rotating (`ApplyRope`), so layouts (split halves, interleaved,
 partial) need no code here. Removal is the same function with -sin, divided by cos^2 + sin^2, which
 also undoes an attention scaling (YaRN). Rows are captured when tokens enter the cache, because
-dynamic and longrope tables change afterwards; where a row is cos(p * f) the cache keeps p and f only.
+dynamic and longrope tables change afterwards; where a row is cos(p f) only p and f are kept.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ class Span:
         return stored.shape[1]
 
     def cos_sin(self, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin at `positions` (default: the span's own), each (batch or 1, tokens, width)."""
+        """cos and sin at `positions` (default: its own), each (batch or 1, tokens, width)."""
         if self.rows is not None:
             return self.rows
-        assert self.positions is not None and self.frequencies is not None
+        assert self.positions is not None
+        assert self.frequencies is not None
         where = self.positions if positions is None else positions
         angle = _TILINGS[self.tiling](where[..., None].float() * self.frequencies)
         return angle.cos() * self.scaling, angle.sin() * self.scaling
@@ -97,9 +98,7 @@ def _cat(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([x.expand(rows, *x.shape[1:]) for x in (a, b)], 1)
 
 
-def capture(
-    cos: Tensor, sin: Tensor, positions: Tensor, candidates: Sequence[Frequencies]
-) -> Span:
+def capture(cos: Tensor, sin: Tensor, positions: Tensor, candidates: Sequence[Frequencies]) -> Span:
     """The span of captured rows, compact if some candidate frequencies reproduce them exactly.
 
     Args:
@@ -107,7 +106,7 @@ def capture(
         positions: (batch or 1, tokens) int, the likely RoPE positions.
         candidates: frequencies found in the model's rotary modules.
     """
-    if len(cos) > 1 and bool((positions == positions[:1]).all()):
+    if all(bool((x == x[:1]).all()) for x in (positions, cos, sin)):
         cos, sin, positions = cos[:1], sin[:1], positions[:1]
     tolerance = max(1e-5, 4 * torch.finfo(cos.dtype).eps)
     for frequencies, scaling in candidates:
@@ -200,7 +199,7 @@ class RopeTable:
 
     def turn(self, x: Tensor, slots: Tensor, rows: tuple[Tensor, Tensor], inverse: bool) -> Tensor:
         """Rotate x (batch, heads, n, dim) at `slots` (batch or 1, heads or 1, n) by `rows`."""
-        batch, heads, tokens, _ = x.shape
+        batch, heads = x.shape[:2]
         index = slots.clamp(min=0).expand(batch, -1, -1)
         wide = [r.expand(batch, -1, -1)[:, None].expand(-1, index.shape[1], -1, -1) for r in rows]
         where = index[..., None].expand(-1, -1, -1, wide[0].shape[-1])
@@ -219,7 +218,7 @@ class RopeTable:
         ahead = torch.arange(1, count + 1, device=last.positions.device)
         cos, sin = last.cos_sin(last.positions.max(-1, keepdim=True).values + ahead)
         cos, sin = (t.mean(1, keepdim=True).expand(-1, dim, -1)[:, None] for t in (cos, sin))
-        basis = torch.eye(dim, device=cos.device).expand(len(cos), 1, dim, dim)
+        basis = torch.eye(dim, dtype=torch.float32, device=cos.device).expand(len(cos), 1, dim, dim)
         return rotate(self.apply, basis, cos, sin, inverse=False)[:, 0].mT
 
 

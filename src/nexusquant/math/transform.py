@@ -17,7 +17,7 @@ def orthonormal(name: str, dim: int, device: torch.device | str = "cpu") -> Tens
     QuaRot, arXiv 2404.00456), so it exists for every dim: 64, 80, 96, 128, 256.
     """
     if name == "identity":
-        return torch.eye(dim, device=device)
+        return torch.eye(dim, dtype=torch.float32, device=device)
     odd = dim
     while odd % 2 == 0:
         odd //= 2

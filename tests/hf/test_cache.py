@@ -1,0 +1,325 @@
+"""`NexusCache` as a transformers cache: prefill in chunks, windows, rollback, batch operations."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+import pytest
+import torch
+from nexusquant import CompressionConfig, NexusCache, UnsupportedError, nexusquant_evict
+from nexusquant.hf.layer import CompactLayer
+from tests.hf.models import (
+    WINDOW,
+    assert_same_run,
+    generate,
+    left_padded,
+    prompt,
+    step_logits,
+    tiny,
+)
+from torch import Tensor
+from transformers import DynamicCache
+
+EXACT = CompressionConfig(codec="exact", residual_length=8)
+CODED = CompressionConfig(residual_length=8, recent=4)
+HALF = CODED.replace(evict_ratio=0.5)
+
+
+@torch.no_grad()
+def feed(model: Any, cache: Any, ids: Tensor, step: int, mask: Tensor | None = None) -> Tensor:
+    """Prefill by hand; logits of all tokens."""
+    parts = []
+    for begin in range(0, ids.shape[1], step):
+        stop = begin + step
+        seen = None if mask is None else mask[:, :stop]
+        out = model(ids[:, begin:stop], attention_mask=seen, past_key_values=cache)
+        parts.append(out.logits)
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("step", [1, 7, 20])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
+def test_prefill_by_hand_in_chunks_equals_one_pass(kind: str, attention: str, step: int) -> None:
+    model = tiny(kind, attention)
+    ids, mask = left_padded([60, 33])
+    with torch.no_grad():
+        stock = model(ids, attention_mask=mask).logits
+    ours = feed(model, NexusCache(model, EXACT), ids, step, mask)
+    real = mask.bool()
+    torch.testing.assert_close(ours[real], stock[real], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
+def test_generate_with_prefill_chunk_size_equals_stock(kind: str) -> None:
+    model = tiny(kind)
+    ids = prompt(60)
+    stock = generate(model, ids)
+    with nexusquant_evict(model, EXACT):
+        ours = generate(model, ids, prefill_chunk_size=16)
+    assert_same_run(ours, stock)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_every_prefill_chunk_is_evicted(kind: str) -> None:
+    model = tiny(kind)
+    cache = NexusCache(model, HALF)
+    feed(model, cache, prompt(96), 32)
+    full = [layer for layer in cache.layers if not layer.is_sliding]
+    # 32 -> 16 in every chunk, the four sinks of the first among them
+    assert [layer.stored.count for layer in full] == [48] * len(full)
+    for layer in full:
+        at = layer.stored.body.slots.positions(torch.device("cpu"))
+        assert [int(((at >= b) & (at < b + 32)).sum()) for b in (0, 32, 64)] == [24, 32, 32]
+        assert bool((at.diff(dim=-1) > 0).all())
+    with nexusquant_evict(model, HALF) as run:
+        generate(model, prompt(96), 1, prefill_chunk_size=32)
+    assert run.stats.nbytes == cache.nbytes
+
+
+def test_chunks_of_nothing_but_padding() -> None:
+    """The first chunks of a padded batch may hold no token at all, for some rows or for all."""
+    model = tiny("llama")
+    for lengths in ([70, 20], [20, 12]):
+        ids, mask = left_padded(lengths)
+        room = ids.new_zeros(2, 80 - ids.shape[1])
+        ids, mask = torch.cat([room, ids], 1), torch.cat([room, mask], 1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            stock = model(ids, attention_mask=mask, position_ids=positions).logits
+            cache, parts = NexusCache(model, EXACT), []
+            for begin in range(0, 80, 16):
+                now = slice(begin, begin + 16)
+                out = model(
+                    ids[:, now],
+                    attention_mask=mask[:, : begin + 16],
+                    position_ids=positions[:, now],
+                    past_key_values=cache,
+                )
+                parts.append(out.logits)
+        real = mask.bool()
+        torch.testing.assert_close(torch.cat(parts, 1)[real], stock[real], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
+def test_sliding_layers_stay_bounded_and_right_far_beyond_the_window(kind: str) -> None:
+    model = tiny(kind)
+    ids, mask = left_padded([3 * WINDOW, WINDOW + 5])
+    stock = generate(model, ids, 5 * WINDOW, attention_mask=mask)
+    cache = NexusCache(model, EXACT)
+    ours = generate(model, ids, 5 * WINDOW, attention_mask=mask, past_key_values=cache)
+    assert_same_run(ours, stock)
+    for settings in (EXACT, CODED):
+        cache = NexusCache(model, settings)
+        feed(model, cache, ids, 40, mask)
+        most = 0
+        for step in range(5 * WINDOW):
+            feed(model, cache, prompt(1, batch=2, seed=step), 1)
+            for layer in cache.layers:
+                if layer.is_sliding:
+                    most = max(most, layer.stored.count + layer.tail_keys.shape[2])
+        # window + what waits for its block + what waits to be worth a copy
+        assert WINDOW - 1 <= most <= WINDOW - 1 + 8 + 32
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_eviction_with_exact_codec_equals_attention_with_a_per_head_mask(kind: str) -> None:
+    """Oracle: the stock model whose dense mask hides, per KV head, exactly what was evicted."""
+    model = tiny(kind, "eager")
+    ids, mask = left_padded([64, 40])
+    tail = prompt(6, batch=2, seed=9)
+    settings = EXACT.replace(evict_ratio=0.6, recent=4)
+    cache = NexusCache(model, settings)
+    ours = feed(model, cache, torch.cat([ids, tail], 1), 64, padded(mask, 6))[:, 64:]
+    kept = [kept_slots(layer, 64) for layer in cache.layers]
+    assert any(not bool(k.all()) for k in kept)
+    stock_cache = DynamicCache(config=model.config)
+    feed(model, stock_cache, ids, 64, mask)
+    handles = []
+    for index, layer in enumerate(model.model.layers):
+        hidden = ~kept[index].repeat_interleave(2, 1)  # to query heads
+
+        def hide(module: Any, args: Any, kwargs: Any, hidden: Tensor = hidden) -> Any:
+            old = kwargs["attention_mask"].expand(-1, 4, -1, -1).clone()
+            first = 64 + 6 - old.shape[-1]  # sliding layers: masks begin at the window
+            old[..., : 64 - first].masked_fill_(
+                hidden[:, :, None, first:], torch.finfo(old.dtype).min
+            )
+            return args, {**kwargs, "attention_mask": old}
+
+        handles.append(layer.self_attn.register_forward_pre_hook(hide, with_kwargs=True))
+    stock = feed(model, stock_cache, tail, 6, None) if False else None
+    with torch.no_grad():
+        stock = model(
+            tail, attention_mask=padded(mask, 6), past_key_values=stock_cache
+        ).logits
+    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
+    for handle in handles:
+        handle.remove()
+    plain_cache = DynamicCache(config=model.config)
+    plain = feed(model, plain_cache, torch.cat([ids, tail], 1), 64, padded(mask, 6))[:, 64:]
+    assert (plain - stock).abs().max() > 1e-2  # the mask matters
+
+
+def padded(mask: Tensor, more: int) -> Tensor:
+    return torch.cat([mask, mask.new_ones(len(mask), more)], 1)
+
+
+def kept_slots(layer: CompactLayer, upto: int) -> Tensor:
+    """(batch, kv_heads, upto) bool: slots still stored; those a window dropped count as kept."""
+    kept = torch.zeros(2, 2, upto + 1, dtype=torch.bool)
+    for part in layer.stored.parts():
+        at = part.slots.positions(torch.device("cpu")).expand(2, 2, -1)
+        kept.scatter_(2, torch.where((at < 0) | (at >= upto), upto, at), True)
+    kept[..., min(layer.tail_start, upto) : upto] = True
+    if layer.is_sliding:
+        kept[:] = True
+    return kept[..., :upto]
+
+
+def test_reset_starts_anew() -> None:
+    model = tiny("gemma3")
+    cache = NexusCache(model, CODED)
+    first = feed(model, cache, prompt(50), 25)
+    size = cache.nbytes
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.nbytes == 0
+    torch.testing.assert_close(feed(model, cache, prompt(50), 25), first, rtol=0, atol=0)
+    assert cache.nbytes == size
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
+def test_batch_operations_equal_stock(kind: str) -> None:
+    model = tiny(kind)
+    ids, mask = left_padded([40, 26])
+    caches = NexusCache(model, EXACT), DynamicCache(config=model.config)
+    order = [1, 0, 0, 1, 1, 0]
+    results = []
+    for cache in caches:
+        feed(model, cache, ids, 20, mask)
+        cache.batch_repeat_interleave(3)
+        cache.reorder_cache(torch.tensor([3, 0, 1, 4, 5, 2]))
+        now = padded(mask, 0)[order]
+        first = feed_more(model, cache, now, 12)
+        cache.batch_select_indices(torch.tensor([4, 1]))
+        now = padded(now, 12)[[4, 1]]
+        results.append((first, feed_more(model, cache, now, 12)))
+    for ours, stock in zip(*results, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def feed_more(model: Any, cache: Any, mask: Tensor, tokens: int) -> Tensor:
+    ids = prompt(tokens, batch=len(mask), seed=3)
+    return model(ids, attention_mask=padded(mask, tokens), past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("settings", [CODED, HALF], ids=["all", "half"])
+def test_batch_operations_on_codes_equal_the_same_rows(settings: CompressionConfig) -> None:
+    """repeat, reorder and select give what compressing those rows in that order gives."""
+    model = tiny("gemma3")
+    ids, mask = left_padded([40, 26])
+    cache, direct = NexusCache(model, settings), NexusCache(model, settings)
+    feed(model, cache, ids, 40, mask)
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([2, 0, 1, 3]))
+    cache.batch_select_indices(torch.tensor([0, 1, 3]))
+    order = [1, 0, 1]
+    feed(model, direct, ids[order], 40, mask[order])
+    for step in range(2):
+        now = padded(mask[order], 12 * step)
+        ours, theirs = (feed_more(model, c, now, 12) for c in (cache, direct))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_deepcopy_survives_the_original() -> None:
+    """Prefix reuse: fill once, copy per continuation."""
+    for attention in ("sdpa", "eager"):
+        model = tiny("gemma3", attention)
+        prefix = NexusCache(model, HALF)
+        ids = prompt(50)
+        feed(model, prefix, ids, 50)
+        twin = copy.deepcopy(prefix)
+        before = feed(model, prefix, prompt(12, seed=4), 12)
+        size = prefix.nbytes
+        del prefix
+        gc.collect()
+        torch.testing.assert_close(
+            feed(model, twin, prompt(12, seed=4), 12), before, rtol=0, atol=0
+        )
+        assert twin.nbytes == size
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
+def test_recorded_past_can_be_rolled_back(kind: str) -> None:
+    model = tiny(kind)
+    caches = NexusCache(model, EXACT), DynamicCache(config=model.config)
+    results = []
+    for cache in caches:
+        cache.activate_past_recording()
+        outputs = [feed(model, cache, prompt(50), 50)]
+        for remove in (13, 0, 5):
+            cache.crop(-remove)
+            outputs.append(feed(model, cache, prompt(11, seed=remove), 11))
+        cache.crop(-1)
+        results.append((torch.cat(outputs, 1), cache.get_seq_length()))
+    (ours, length), (stock, stock_length) = results
+    assert length == stock_length
+    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
+    assert caches[0].stats().compressed_layers == 3
+
+
+def test_recorded_past_is_evicted_at_the_crop() -> None:
+    """Deferred: nothing is dropped before `crop`, then the policy applies to what is left."""
+    model = tiny("llama")
+    cache = NexusCache(model, HALF)
+    cache.activate_past_recording()
+    feed(model, cache, prompt(50), 50)
+    assert cache.stats().compressed_layers == 0
+    cache.crop(-10)
+    direct = NexusCache(model, HALF)
+    feed(model, direct, prompt(50)[:, :40], 40)
+    for mine, theirs in zip(cache.layers, direct.layers, strict=True):
+        device = torch.device("cpu")
+        assert torch.equal(
+            mine.stored.body.slots.positions(device), theirs.stored.body.slots.positions(device)
+        )
+    assert cache.stats().kept_tokens == 20
+
+
+def test_crop_of_coded_tokens_is_refused_and_changes_nothing() -> None:
+    model = tiny("llama")
+    cache = NexusCache(model, CODED)
+    feed(model, cache, prompt(40), 40)
+    twin = copy.deepcopy(cache)
+    with pytest.raises(UnsupportedError, match="activate_past_recording"):
+        cache.crop(-3)
+    assert cache.get_seq_length() == 40
+    torch.testing.assert_close(
+        feed(model, cache, prompt(9), 9), feed(model, twin, prompt(9), 9), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_prompt_lookup_equals_greedy(kind: str) -> None:
+    model = tiny(kind)
+    ids = prompt(12).repeat(1, 4)  # repetition gives the lookup something to find
+    stock = generate(model, ids, 30)
+    for cache in (NexusCache(model, EXACT), None):
+        with nexusquant_evict(model, EXACT):
+            ours = generate(model, ids, 30, prompt_lookup_num_tokens=4, past_key_values=cache)
+        assert torch.equal(ours.sequences, stock.sequences)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_assisted_decoding_equals_greedy(kind: str) -> None:
+    model, assistant = tiny(kind), tiny(kind, seed=7)
+    ids = prompt(40)
+    stock = generate(model, ids, 20)
+    with nexusquant_evict(model, EXACT), nexusquant_evict(assistant, EXACT):
+        ours = generate(model, ids, 20, assistant_model=assistant)
+    assert torch.equal(ours.sequences, stock.sequences)
+    assert step_logits(ours).shape == step_logits(stock).shape

@@ -1,0 +1,68 @@
+"""Measurements: against direct computation, and bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_checkpoint import tiny_model
+
+from nexusquant import ConfigError, evaluate
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(320)
+
+
+@pytest.fixture(scope="module")
+def input_ids():
+    return torch.randint(2, 320, (1, 200), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_exact_codec_does_not_diverge(model, input_ids):
+    result = evaluate.divergence(model, input_ids, 150, "lossless", codec="exact")
+    assert result.kl == pytest.approx(0, abs=1e-6)
+    assert result.loss == pytest.approx(result.full_loss, abs=1e-5)
+    assert result.top1 == 1
+
+
+def test_full_loss_is_the_models_own(model, input_ids):
+    labels = input_ids.clone()
+    labels[:, :151] = -100
+    with torch.no_grad():
+        expected = model(input_ids, labels=labels).loss.item()
+    result = evaluate.divergence(model, input_ids, 150, "max")
+    assert result.full_loss == pytest.approx(expected, abs=1e-4)
+    assert result.kl > 0
+    assert result.perplexity_change == pytest.approx(
+        math.exp(result.loss) / math.exp(result.full_loss) - 1
+    )
+
+
+def test_fewer_bits_and_more_eviction_diverge_more(model, input_ids):
+    good = evaluate.divergence(model, input_ids, 150, "lossless", key_bits=4, value_bits=4)
+    poor = evaluate.divergence(model, input_ids, 150, "max")
+    assert good.kl < poor.kl
+    assert good.stats.compression_ratio < poor.stats.compression_ratio
+
+
+@pytest.mark.parametrize("prefix", [0, 199, 500])
+def test_nothing_to_score_is_refused(model, input_ids, prefix):
+    with pytest.raises(ConfigError, match="behind the prefix"):
+        evaluate.divergence(model, input_ids, prefix)
+
+
+def test_batches_are_refused(model, input_ids):
+    with pytest.raises(ConfigError, match="one row"):
+        evaluate.divergence(model, input_ids.repeat(2, 1), 100)
+
+
+def test_texts_that_are_all_too_short_are_refused(model):
+    class Tokenizer:
+        def __call__(self, text, return_tensors):
+            return type("Encoding", (), {"input_ids": torch.full((1, len(text)), 5)})
+
+    with pytest.raises(ConfigError, match="none of the 2 texts"):
+        evaluate.domain_test(model, Tokenizer(), ["short", "also short"])
