@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 import nexusquant
 from nexusquant import PRESETS, NexusCache, loading
-from nexusquant.cli import _parse_settings, app
+from nexusquant.cli import app
+from nexusquant.cli.common import parse_settings
 from nexusquant.errors import ConfigError
 from tests.tiny_checkpoint import save_folder
 
@@ -194,8 +195,20 @@ def test_unreadable_prompt_files(folder: Path, tmp_path: Path) -> None:
 
 
 def test_settings_are_typed() -> None:
-    assert _parse_settings(
+    assert parse_settings(
         ["evict_ratio=0.5", "per_head=false", "sinks = 8", "scorer=snapkv", "key_bits=3"]
     ) == {"evict_ratio": 0.5, "per_head": False, "sinks": 8, "scorer": "snapkv", "key_bits": 3}
     with pytest.raises(ConfigError, match="must be KEY=VALUE"):
-        _parse_settings(["=3"])
+        parse_settings(["=3"])
+
+
+def test_evaluate_prints_every_preset_and_refuses_short_texts(folder: Path, story: Path) -> None:
+    arguments = ("evaluate", folder, "--text", story, "--continuation", "16")
+    status, out, _ = run(*arguments, "--prefix", "64")
+    assert status == 0
+    assert [line.split()[1] for line in out.splitlines() if "%" not in line and "." in line] == [
+        "lossless", "high", "balanced", "max",
+    ]  # fmt: skip
+    status, _, err = run(*arguments, "--prefix", "100000")
+    assert status == 2
+    assert "fewer than --prefix 100000" in err

@@ -17,9 +17,9 @@ from nexusquant.demo import (
     demo_text,
     encode_prompt,
     first_tokens,
-    plain_stats,
     timed_run,
 )
+from nexusquant.hf.cache import cache_stats
 from tests.tiny_checkpoint import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(chat=True)
@@ -56,11 +56,11 @@ def test_context_limit() -> None:
     assert context_limit(MODEL) == 512
 
 
-def test_plain_stats_equal_the_formula() -> None:
+def test_stats_of_a_plain_cache_equal_the_formula() -> None:
     cache = DynamicCache(config=MODEL.config)
     with torch.no_grad():
         MODEL(torch.arange(2, 39)[None], past_key_values=cache)
-    stats = plain_stats(cache)
+    stats = cache_stats(cache)
     assert stats.nbytes == 37 * ELEMENTS_PER_TOKEN * 4
     assert stats.compression_ratio == 0.5
     assert stats.bits_per_element == 32

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from tiny_checkpoint import tiny_model
 
 from nexusquant import ConfigError, evaluate
+from tests.tiny_checkpoint import tiny_model
 
 
 @pytest.fixture(scope="module")

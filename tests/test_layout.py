@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexusquant.errors import ConfigError
-from nexusquant.layout import Run, RowLayout
+from nexusquant.layout import RowLayout, Run
 from nexusquant.math.e8 import BITS, E8Code
 
 CODES = {bits: E8Code(bits) for bits in BITS}

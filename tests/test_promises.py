@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_checkpoint import tiny_model, tiny_tokenizer
 
 from nexusquant import NexusCache, NexusQuantSimple, evaluate, nexusquant_evict
 from nexusquant.accounting import storage_bytes
+from tests.tiny_checkpoint import tiny_model, tiny_tokenizer
 
 VOCABULARY = ("lossless", "conservative", "high", "balanced", "aggressive", "max")
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. "

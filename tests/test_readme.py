@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import torch
-from tiny_checkpoint import tiny_model, tiny_tokenizer
+
+from tests.tiny_checkpoint import tiny_model, tiny_tokenizer
 
 README = Path(__file__).parents[1] / "README.md"
 

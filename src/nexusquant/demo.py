@@ -14,8 +14,9 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from nexusquant import NexusCache
-from nexusquant.accounting import CacheStats, storage_bytes
+from nexusquant.accounting import CacheStats
 from nexusquant.errors import ConfigError
+from nexusquant.hf.cache import cache_stats
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -136,26 +137,7 @@ def timed_run(
         new_tokens=len(new),
         first_token_seconds=times[0] - start,
         seconds_per_token=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
-        stats=cache.stats() if config else plain_stats(cache),
-    )
-
-
-def plain_stats(cache: Cache) -> CacheStats:
-    """The same figures for a stock cache, from the storages of its keys and values."""
-    tensors = [
-        tensor
-        for layer in cache.layers
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if isinstance(tensor, Tensor)
-    ]
-    return CacheStats(
-        nbytes=storage_bytes(tensors),
-        elements=sum(tensor.numel() for tensor in tensors),
-        tokens=cache.get_seq_length(),
-        kept_tokens=cache.get_seq_length(),
-        layers=len(cache.layers),
-        compressed_layers=0,
-        exact_layers=len(cache.layers),
+        stats=cache_stats(cache),
     )
 
 

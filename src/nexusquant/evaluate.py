@@ -13,6 +13,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -46,6 +47,31 @@ class Divergence:
     def perplexity_change(self) -> float:
         """Relative perplexity change, 0.01 = +1%."""
         return math.expm1(self.loss - self.full_loss)
+
+
+def divergence_table(results: Sequence[tuple[str, str, Divergence]], title: str) -> Table:
+    """A table of (preset, text, divergence) rows, with the mean per preset where texts differ."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("quality")
+    table.add_column("text")
+    for name in ("bits", "ratio", "KL", "dPPL %", "top-1"):
+        table.add_column(name, justify="right")
+
+    def row(preset: str, text: str, group: Sequence[Divergence]) -> None:
+        bits = mean(r.stats.bits_per_element for r in group)
+        change = math.expm1(mean(r.loss - r.full_loss for r in group))
+        table.add_row(
+            preset, text, f"{bits:.3f}", f"{16 / bits:.2f}", f"{mean(r.kl for r in group):.4f}",
+            f"{100 * change:+.2f}", f"{mean(r.top1 for r in group):.3f}",
+        )  # fmt: skip
+
+    for preset in dict.fromkeys(name for name, _, _ in results):
+        mine = [(text, result) for name, text, result in results if name == preset]
+        for text, result in mine:
+            row(preset, text, [result])
+        if len(mine) > 1:
+            row(preset, "mean", [result for _, result in mine])
+    return table
 
 
 @torch.no_grad()
@@ -85,9 +111,7 @@ def divergence(
     )
 
 
-def _continue(
-    model: Any, input_ids: Tensor, prefix: int, cache: Any
-) -> tuple[Tensor, CacheStats]:
+def _continue(model: Any, input_ids: Tensor, prefix: int, cache: Any) -> tuple[Tensor, CacheStats]:
     """Log-probabilities after the prefix, (tokens - prefix, vocab) fp32, and the cache's size then."""
     model(input_ids[:, :prefix], past_key_values=cache, use_cache=True)
     stats = cache_stats(cache)
@@ -165,8 +189,7 @@ def domain_test(
         raise ConfigError(f"none of the {len(encoded)} texts has 64 tokens or more.")
     results = {
         preset: [
-            divergence(model, ids, int(ids.shape[1] * (1 - continuation)), preset)
-            for ids in usable
+            divergence(model, ids, int(ids.shape[1] * (1 - continuation)), preset) for ids in usable
         ]
         for preset in dict.fromkeys(("lossless", *presets))
     }

@@ -77,16 +77,29 @@ def cache_stats(cache: Cache) -> CacheStats:
             for name in ("keys", "values"):
                 tensor = getattr(layer, name, None)
                 elements += tensor.numel() if tensor is not None else 0
-    kept = [layer.stored.count + layer.length - layer.tail_start for layer in coded]
+    kept = [_kept(layer) for layer in coded or layers]
     return CacheStats(
         nbytes=storage_bytes(things, others),
         elements=elements,
-        tokens=max((layer.get_seq_length() for layer in compact), default=0),
+        tokens=max((_length(layer) for layer in layers), default=0),
         kept_tokens=sum(kept) / len(kept) if kept else 0.0,
         layers=len(cache.layers),
         compressed_layers=len(coded),
         exact_layers=len(cache.layers) - len(coded),
     )
+
+
+def _kept(layer: Any) -> int:
+    """Entries stored per head."""
+    if isinstance(layer, CompactLayer):
+        return layer.stored.count + layer.length - layer.tail_start
+    keys = getattr(layer, "keys", None)
+    return 0 if keys is None else int(keys.shape[-2])
+
+
+def _length(layer: Any) -> int:
+    """Logical length of an attention layer, 0 for state-space layers."""
+    return int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else 0
 
 
 class NexusCache(DynamicCache):

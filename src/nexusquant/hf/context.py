@@ -135,6 +135,56 @@ def _compact(model: nn.Module, run: Run, cache: Any) -> None:
         run.adopt(cache)
 
 
+_PREPARE = "_prepare_cache_for_generation"
+
+
+class _Prepare:
+    """Stands before a model's `_prepare_cache_for_generation`, so that `generate` starts compact.
+
+    The forward pre-hook is too late for assisted decoding, which announces its rollbacks to the
+    cache (`activate_past_recording`) before the first forward pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        setattr(model, _PREPARE, self)
+
+    def remove(self) -> None:
+        """Uncover the method of the class."""
+        model = self._model()
+        if model is not None and vars(model).get(_PREPARE) is self:
+            delattr(model, _PREPARE)
+
+    def __call__(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        model = self._model()
+        assert model is not None  # its own method is running
+        original = getattr(type(model), _PREPARE)
+        result = original(model, generation_config, model_kwargs, *args, **kwargs)
+        run, cache = _current(model), model_kwargs.get("past_key_values")
+        if run is not None and cache is not None:
+            _compact(model, run, cache)
+            if getattr(generation_config, "is_assistant", False):
+                cache.activate_past_recording()
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles of the model hold its own method instead."""
+        return getattr, (self._model(), _PREPARE)
+
+
+def _attach(model: nn.Module) -> list[Any]:
+    """Hook a model; returns what has a `remove`."""
+    hooks: list[Any] = [
+        model.register_forward_pre_hook(_before, with_kwargs=True),
+        model.register_forward_hook(_after, with_kwargs=True, always_call=True),
+    ]
+    if hasattr(type(model), _PREPARE) and _PREPARE not in vars(model):
+        hooks.append(_Prepare(model))
+    return hooks
+
+
 def _scorings() -> list[tuple[int, Scoring]]:
     if not hasattr(_thread, "scorings"):
         _thread.scorings = []
@@ -183,10 +233,7 @@ def nexusquant_evict(
     with _lock:
         runs = _entered.setdefault(model, [])
         if not runs:
-            _hooks[model] = [
-                model.register_forward_pre_hook(_before, with_kwargs=True),
-                model.register_forward_hook(_after, with_kwargs=True, always_call=True),
-            ]
+            _hooks[model] = _attach(model)
         runs.append(run)
     _active.set((*_active.get(), (id(model), run)))
     try:

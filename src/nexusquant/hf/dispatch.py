@@ -25,7 +25,18 @@ from nexusquant.hf.handle import KVHandle, Snapshot
 from nexusquant.hf.rope_tables import RotaryCall, forget_workspace, rotary_frequencies
 from nexusquant.math.rope import Frequencies
 
-EAGER = "nexusquant_eager"
+
+
+class _EagerName(str):
+    """The name of our entry for eager models. Copies and pickles of a config get "eager" back."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, ("eager",)
+
+
+EAGER = _EagerName("nexusquant_eager")
 _UNREADABLE = ("flex_attention",)  # its masks are functions, not tensors
 _REFUSED = ("position_bias", "indices", "block_indices", "cu_seq_lens_q")
 
@@ -59,6 +70,7 @@ def _finish(model: nn.Module, args: Any, output: Any) -> None:
     for table in getattr(_call, "tables", ()):
         forget_workspace(table)
     _call.tables = weakref.WeakSet()
+    _call.rotary = None, None
 
 
 def _candidates(module: nn.Module) -> list[Frequencies]:
@@ -233,7 +245,7 @@ class Lease:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        weakref.finalize(self, Installation(model).release).atexit = False  # type: ignore[misc]
+        weakref.finalize(self, Installation(model).release).atexit = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease | None:
         model = self._model()
@@ -278,6 +290,9 @@ def _unwrap(config: Any, name: str | None) -> None:
             _eager_configs[id(config)] = count - 1, config
         elif config._attn_implementation == EAGER:
             config._attn_implementation_internal = "eager"
+        if not _eager_configs:
+            for interface in (AttentionInterface, AttentionMaskInterface):
+                interface._global_mapping.pop(EAGER, None)
         return
     count, original, ours = _wrapped.pop(name)
     if count > 1:

@@ -51,8 +51,8 @@ class Snapshot:
 
     @property
     def compressed(self) -> bool:
-        """Whether anything left the tail."""
-        return any(True for _ in self.stored.parts())
+        """Whether visible slots left the tail (possibly as padding, of which nothing is stored)."""
+        return self.tail_start > self.first_column
 
     def parts(self) -> list[CodedTokens | ExactTokens]:
         """Everything to attend to."""
@@ -68,8 +68,8 @@ class Snapshot:
             UnsupportedError: tokens were evicted, so there is no such tensor.
         """
         if not self.compressed:
-            tail = min(self.visible, self.tail_keys.shape[2])
-            return self.tail_keys[:, :, -tail:], self.tail_values[:, :, -tail:]
+            surplus = self.first_column - self.tail_start
+            return self.tail_keys[:, :, surplus:], self.tail_values[:, :, surplus:]
         frame = self.layer.frame()
         out = []
         total = self.length
@@ -113,7 +113,7 @@ class KVHandle(torch.Tensor):
     snapshot: Snapshot
     which: int
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, snapshot: Snapshot, which: int) -> KVHandle:
@@ -136,7 +136,7 @@ class KVHandle(torch.Tensor):
         return self.snapshot.dense()[self.which].contiguous()
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks cls and func
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         def real(x: Any) -> Any:

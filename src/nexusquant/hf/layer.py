@@ -91,7 +91,7 @@ class CompactLayer(CacheLayerMixin):
         """Append K and V, each (batch, kv_heads, new, dim); returns their handles."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        first_column = self.get_mask_sizes(key_states.shape[-2])[1]
+        first_column = self.first_visible
         new = key_states.detach(), value_states.detach()
         if self.tail_keys is not None and self.tail_values is not None:
             new = torch.cat([self.tail_keys, new[0]], -2), torch.cat([self.tail_values, new[1]], -2)
@@ -106,9 +106,19 @@ class CompactLayer(CacheLayerMixin):
         """Logical length: positions and masks are built from it."""
         return self.length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(columns, first column) of the attention mask: columns are slots."""
-        return self.length + query_length, 0
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """(columns, first column) of the attention mask: columns are slots.
+
+        Early 5.x passes the positions of the queries instead of their number.
+        """
+        first = self.first_visible
+        new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.length - first + new, first
+
+    @property
+    def first_visible(self) -> int:
+        """First slot that the next query can see."""
+        return 0
 
     def get_max_length(self) -> int:
         """No limit."""
@@ -138,7 +148,7 @@ class CompactLayer(CacheLayerMixin):
         if not getattr(self, "is_initialized", False) or self.tail_keys is None:
             return None
         assert self.tail_values is not None
-        first = max(self.get_mask_sizes(0)[1], 0)
+        first = self.first_visible
         snapshot = Snapshot(
             self, self.stored, self.tail_keys, self.tail_values, self.tail_start, 0, first
         )
@@ -200,7 +210,7 @@ class CompactLayer(CacheLayerMixin):
         """Elements of K and V that an uncompressed layer would hold now."""
         if self.tail_keys is None or self.tail_values is None:
             return 0
-        tokens = self.length - self.get_mask_sizes(0)[1]
+        tokens = self.length - self.first_visible
         shapes = (self.tail_keys.shape, self.tail_values.shape)
         return tokens * sum(b * h * d for b, h, _, d in shapes)
 
@@ -297,15 +307,15 @@ class CompactSlidingLayer(CompactLayer):
 
     get_max_cache_shape = get_max_length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(columns, first column): only slots the next query can see have columns."""
-        first = max(self.length - self.sliding_window + 1, 0)
-        return self.length - first + query_length, first
+    @property
+    def first_visible(self) -> int:
+        """First slot that the next query can see."""
+        return max(self.length - self.sliding_window + 1, 0)
 
     def _compress(
         self, query: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
     ) -> None:
-        first = self.get_mask_sizes(0)[1]
+        first = self.first_visible
         self.stored = self.stored.drop_before(first)
         surplus = first - self.tail_start
         if surplus > 0 and self.tail_keys is not None and self.tail_values is not None:
