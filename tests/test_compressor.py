@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def config(**settings: Any) -> CompressionConfig:
-    return CompressionConfig(**{"scorer": "key_norm", "recent": 8, **settings})
+    return CompressionConfig(**{"scorer": "key_norm", "recent": 8, "overload": 1.0, **settings})
 
 
 def chunk(
@@ -102,7 +102,7 @@ def test_coded_tokens_are_near_and_sinks_are_exact() -> None:
             error.append(relative_error(mine, at_slots(x, stored.body)))
         assert stored.body.key_mean.shape == (2, 2, 1, 32)
         assert stored.body.key_mean.dtype == torch.float16
-    bounds = [0.105] * 2 + [0.029] * 2 + [0.008] * 2
+    bounds = [0.108] * 2 + [0.030] * 2 + [0.0082] * 2
     assert all(e < bound for e, bound in zip(error, bounds, strict=True)), error
 
 
@@ -163,7 +163,7 @@ def test_bad_numbers_are_named_by_layer_and_tokens(bad: float, which: str, token
 def test_bad_scores_are_refused() -> None:
     source = chunk(40, start=100)
     source.keys[0, 0, 9] = torch.nan
-    with pytest.raises(NonFiniteError):
+    with pytest.raises(NonFiniteError, match=r"layer 0, tokens 100 to 139: .* scores"):
         compress(config(evict_ratio=0.5), Stored(), source)
 
 
@@ -177,10 +177,14 @@ def test_evicted_bad_numbers_need_not_be_coded_exactly() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_exact_codec_is_bit_identical_in_any_dtype(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_exact_codec_is_bit_identical_in_any_dtype(dtype: torch.dtype, scorer: str) -> None:
     source = chunk()
-    source = Chunk(source.keys.to(dtype), source.values.to(dtype), 0, queries=source.queries)
-    stored = compress(config(codec="exact", evict_ratio=0.5), Stored(), source)
+    assert source.queries is not None
+    tensors = [x.to(dtype) for x in (source.keys, source.values, source.queries)]
+    source = Chunk(*tensors[:2], 0, queries=tensors[2])
+    settings = config(codec="exact", evict_ratio=0.5, scorer=scorer)
+    stored = compress(settings, Stored(), source)
     for part in stored.parts():
         assert isinstance(part, ExactTokens)
         assert part.keys.dtype == part.values.dtype == dtype
@@ -236,9 +240,10 @@ def test_without_queries_nothing_is_evicted() -> None:
 def test_later_chunks_are_appended(codec: str, ratio: float) -> None:
     settings = config(codec=codec, evict_ratio=ratio)
     chunks = [chunk(40), chunk(30, start=40), chunk(9, start=70, queries=None)]
-    # The means come from the first chunk: later ones must share them.
+    # The text moves on, but later chunks have to be coded around the mean of the first.
     for later in chunks[1:]:
         later.keys.add_(chunks[0].keys.mean(2, keepdim=True) - later.keys.mean(2, keepdim=True))
+        later.keys.add_(2.0)
     stored = Stored()
     states = [stored := compress(settings, stored, part) for part in chunks]
     counts = [40, 70, 79] if ratio == 0 else [20, 35, 44]
@@ -263,7 +268,9 @@ def test_later_chunks_are_appended(codec: str, ratio: float) -> None:
         assert isinstance(stored.body, CodedTokens)
         assert isinstance(before, CodedTokens)
         assert torch.equal(stored.body.key_mean, before.key_mean)
-        assert relative_error(decoded(stored.body)[0], source) < 0.14
+        error = (decoded(stored.body)[0] - source).square().mean(-1)
+        energy = (source - before.key_mean).square().mean(-1)
+        assert float((error / energy).mean()) < 0.12
 
 
 def test_a_chunk_of_nothing_but_padding_adds_nothing() -> None:

@@ -81,9 +81,12 @@ def stress(count: int) -> Tensor:
 def test_2_bit_encoding_is_the_nearest_of_all_65536_words(kind: str) -> None:
     code = E8Code(2, kind)
     x, points = stress(10_000), book(code.levels())
-    half_norm = (points.square().sum(1) / 2).float()
-    best = torch.cat([(c @ points.float().T - half_norm).argmax(1) for c in x.split(32)])
-    nearest = points[best]
+    # The nearest p has the largest x.p - |p|^2 / 2, one product with the norm as a ninth coordinate.
+    lifted = (
+        torch.cat([points, -points.square().sum(1, keepdim=True) / 2], 1).float().T.contiguous()
+    )
+    rows = torch.cat([x, torch.ones(len(x), 1)], 1)
+    nearest = points[torch.cat([(part @ lifted).argmax(1) for part in rows.split(32)])]
     for mine in (code.decode(code.encode(x)), code.levels()[nearest_ref(x, code.levels())]):
         differ = (mine != nearest.float()).any(1)
         gap = [(x.double() - p.double()).square().sum(1)[differ] for p in (mine, nearest)]
@@ -187,16 +190,26 @@ def test_golden_bytes(code: E8Code) -> None:
     assert bytes(code.encode(GOLDEN_INPUT).flatten().tolist()).hex() == GOLDEN[code.bits, code.kind]
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_golden_levels(bits: int) -> None:
-    """Levels are part of the format; both kinds are symmetric and ascending."""
-    first = {2: (-1.7280, -1.8630), 3: (-2.1878, -2.4558), 4: (-2.5901, -3.0292)}[bits]
-    for kind, expected in zip(KINDS, first, strict=True):
-        table = levels(bits, kind)
-        assert table.shape == (2 ** (bits + 1),)
-        assert float(table[0]) == pytest.approx(expected, abs=1e-4)
-        assert (table.diff() > 0).all()
-        assert torch.equal(table, -table.flip(0))
+# The sum of i * level_i over the positive levels, counted from 1.
+GOLDEN_LEVELS = {
+    (2, "uniform"): 12.3425,
+    (2, "companded"): 12.4049,
+    (3, "uniform"): 54.2562,
+    (3, "companded"): 51.8993,
+    (4, "uniform"): 238.6188,
+    (4, "companded"): 216.5924,
+}
+
+
+@pytest.mark.parametrize("code", CODES, ids=str)
+def test_golden_levels(code: E8Code) -> None:
+    """Levels are as much part of the format as the bytes."""
+    table, half = code.levels(), 2**code.bits
+    assert table.shape == (2 * half,)
+    assert (table.diff() > 0).all()
+    assert torch.equal(table, -table.flip(0))
+    total = float((table[half:] * torch.arange(1, half + 1)).sum())
+    assert total == pytest.approx(GOLDEN_LEVELS[code.bits, code.kind], abs=1e-4)
 
 
 @pytest.mark.parametrize("code", CODES, ids=str)

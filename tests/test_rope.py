@@ -255,6 +255,15 @@ def test_a_single_row_serves_any_batch() -> None:
     torch.testing.assert_close(turned, rotated(x, torch.arange(3)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("stored", ["positions", "rows"])
+def test_a_row_shared_by_the_batch_is_left_alone(stored: str) -> None:
+    at = torch.tensor([[0, 1, 2]])
+    table = RopeTable(apply_halves)
+    table.extend(0, span(at) if stored == "positions" else Span(rows=tuple(cos_sin(at))))
+    table.map(lambda t: t.index_select(0, torch.tensor([2, 0])), 3)
+    assert positions_of(table)[0] == pytest.approx([0, 1, 2], abs=1e-5)
+
+
 @pytest.mark.parametrize("tiling", FLAVOURS)
 @pytest.mark.parametrize("dim", [8, 20])
 def test_average_rotation_is_the_mean_of_rotations(tiling: str, dim: int) -> None:

@@ -27,7 +27,7 @@ class Mask:
         tensor: None (causal), (batch, columns) bool or int (padding), or (batch, heads or 1,
             q_len, columns) bool or additive float.
         query_slot: slot of the first query.
-        first_column: slot that column 0 stands for; earlier slots are out of sight.
+        first_column: slot (>= 0) that column 0 stands for; earlier slots are out of sight.
         window: sliding window in tokens, the query's own included; None for no window.
     """
 
@@ -42,11 +42,11 @@ class Mask:
         Returns bool (True = visible) or additive float, broadcastable to (batch, kv_heads, group,
         q_len, n).
         """
-        column = (slots - self.first_column)[:, :, None, None]
+        column = (slots - self.first_column)[:, :, None, None]  # negative where empty
         if self.tensor is None or self.tensor.ndim == 2:
             query = torch.arange(self.query_slot, self.query_slot + q_len, device=slots.device)
             query = query[:, None] - self.first_column
-            seen = (column >= 0) & (column <= query) & (slots >= 0)[:, :, None, None]
+            seen = (column >= 0) & (column <= query)
             if self.window is not None:
                 seen = seen & (column > query - self.window)
             if self.tensor is not None:
@@ -55,9 +55,7 @@ class Mask:
         mask = self.tensor
         mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, -1))
         hidden = False if mask.dtype == torch.bool else _MASKED
-        picked = self._columns(mask, column, hidden)
-        empty = (slots < 0)[:, :, None, None]
-        return picked.masked_fill(empty, hidden)
+        return self._columns(mask, column, hidden)
 
     def _columns(self, mask: Tensor, column: Tensor, hidden: bool | float) -> Tensor:
         """mask (batch, h, g, q, columns) read at `column` (b, h, 1, 1, n), `hidden` outside."""
@@ -150,8 +148,7 @@ def _attend_part(
     output = output / total.clamp(min=1e-38)
     if isinstance(part, CodedTokens):  # values were left in transform space: undo it once
         quantizer = part.value_quantizer
-        seen = (total > 0).float()
-        output = output @ quantizer.matrix(output.device) + seen * part.value_mean.float()
+        output = output @ quantizer.matrix(output.device) + part.value_mean.float()
     lse = torch.where(total > 0, top + total.clamp(min=1e-38).log(), _MASKED)
     return Partial(*(t.unflatten(2, (group, q_len)) for t in (output, lse)))
 

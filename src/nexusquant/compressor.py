@@ -104,30 +104,28 @@ def compress(
         NonFiniteError: NaN or infinity among the tokens to keep, or in their scores.
     """
     frame = frame or KeyFrame(None, 0)
-    kept = _select(config, past, chunk, frame)
+    try:
+        kept = _select(config, past, chunk, frame)
+        sinks = _sinks(config, chunk, kept.sinks) if kept.sinks.shape[-1] else past.sinks
+        if not kept.kept.shape[-1]:
+            return replace(past, sinks=sinks)
+        return Stored(sinks, _encode(config, past.body, chunk, kept.kept, frame))
+    except NonFiniteError as error:
+        stop = chunk.start + chunk.keys.shape[2]
+        where = f"layer {chunk.layer_idx}, tokens {chunk.start} to {stop - 1}"
+        raise NonFiniteError(f"{where}: {error}") from error
+
+
+def _sinks(config: CompressionConfig, chunk: Chunk, index: Tensor) -> ExactTokens:
+    """The tokens at `index` (batch, sinks), uncoded."""
     dtype = chunk.keys.dtype
     if config.codec == "e8" and dtype.itemsize > 2:
         dtype = torch.float16
-    sinks = past.sinks
-    if kept.sinks.shape[-1]:
-        sinks = ExactTokens.select(
-            chunk.keys, chunk.values, kept.sinks[:, None], chunk.start, dtype
-        )
-        for name, x in (("keys", sinks.keys), ("values", sinks.values)):
-            if not bool(torch.isfinite(x).all()):
-                raise NonFiniteError(_where(chunk, f"NaN or infinite {name} among the sinks"))
-    if not kept.kept.shape[-1]:
-        return replace(past, sinks=sinks)
-    try:
-        body = _encode(config, past.body, chunk, kept.kept, frame)
-    except NonFiniteError as error:
-        raise NonFiniteError(_where(chunk, str(error))) from error
-    return Stored(sinks, body)
-
-
-def _where(chunk: Chunk, what: str) -> str:
-    stop = chunk.start + chunk.keys.shape[2]
-    return f"layer {chunk.layer_idx}, tokens {chunk.start} to {stop - 1}: {what}"
+    sinks = ExactTokens.select(chunk.keys, chunk.values, index[:, None], chunk.start, dtype)
+    for name, x in (("keys", sinks.keys), ("values", sinks.values)):
+        if not bool(torch.isfinite(x).all()):
+            raise NonFiniteError(f"NaN or infinite {name} among the sinks")
+    return sinks
 
 
 def _select(config: CompressionConfig, past: Stored, chunk: Chunk, frame: KeyFrame) -> Selection:

@@ -80,7 +80,8 @@ class Quantizer:
             )
         gains = encode_gain(rms)
         scale = decode_gain(gains)[..., None]
-        return Codes(self.layout.encode(y / scale.clamp(min=1e-30), self.codes), gains)
+        unit = torch.where(scale > 0, y / scale, 0.0)
+        return Codes(self.layout.encode(unit, self.codes), gains)
 
     def decode(self, codes: Codes, mean: Tensor) -> Tensor:
         """Inverse of `encode` up to the code's distortion. (batch, heads, tokens, dim) fp32."""

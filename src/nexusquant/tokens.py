@@ -66,7 +66,7 @@ class Slots:
         mine, theirs = (x.expand(batch, wide, -1) for x in (mine, theirs))
         first = mine.clamp(min=self.start - 1).amax(-1, keepdim=True)
         seen = torch.cat([first, theirs.clamp(min=self.start - 1)], -1).cummax(-1).values
-        tail = torch.where(theirs < 0, 0, seen.diff(dim=-1))
+        tail = seen.diff(dim=-1)  # 0 where empty: the running maximum stands still
         head = self._dense_gaps(device).expand(batch, wide, -1)
         return replace(
             self,

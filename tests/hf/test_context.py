@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from nexusquant import CompressionConfig, NexusCache, NexusQuantError, nexusquant_evict
-from nexusquant.hf.layer import CompactLayer
-from tests.hf.models import ATTENTIONS, assert_same_run, generate, prompt, tiny
 from transformers import DynamicCache, TextIteratorStreamer
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+
+from nexusquant import CompressionConfig, NexusCache, NexusQuantError, nexusquant_evict
+from nexusquant.hf.layer import CompactLayer
+from tests.hf.models import ATTENTIONS, assert_same_run, generate, prompt, tiny
 
 EXACT = CompressionConfig(codec="exact", residual_length=8)
 HALF = CompressionConfig(evict_ratio=0.5, residual_length=8, recent=4)
@@ -43,8 +44,12 @@ class State:
 
     def _hooks(self) -> list[list[Any]]:
         return [
-            [*m._forward_pre_hooks.values(), *m._forward_hooks.values()]
-            + [*m._forward_pre_hooks_with_kwargs, *m._forward_hooks_always_called]
+            [
+                *m._forward_pre_hooks.values(),
+                *m._forward_hooks.values(),
+                *m._forward_pre_hooks_with_kwargs,
+                *m._forward_hooks_always_called,
+            ]
             for m in self.model.modules()
         ]
 
@@ -79,9 +84,13 @@ def test_fifty_rounds(model: Any) -> None:
 
 
 def test_an_exception_in_the_block(model: Any) -> None:
-    with pytest.raises(KeyError, match="mine"), nexusquant_evict(model):
-        generate(model, prompt(40), 2)
-        raise KeyError("mine")
+    def fail() -> None:
+        with nexusquant_evict(model):
+            generate(model, prompt(40), 2)
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fail()
 
 
 def test_an_exception_in_the_middle_of_a_forward_pass(model: Any) -> None:
@@ -165,6 +174,33 @@ def test_a_worker_started_inside_the_block_is_compressed(model: Any) -> None:
         worker.join()
     assert len(words) == 60 + 5
     assert run.stats.kept_tokens == 30 + 4
+
+
+def test_a_worker_that_outlives_the_block_ends_well(model: Any) -> None:
+    stock = generate(model, prompt(40), 20)
+    inside, left = threading.Event(), threading.Event()
+    outputs: list[Any] = []
+
+    class Pause:
+        """A streamer that stops after the first token until the block has been left."""
+
+        def put(self, value: Any) -> None:
+            inside.set()
+            left.wait(60)
+
+        def end(self) -> None:
+            pass
+
+    def work() -> None:
+        outputs.append(generate(model, prompt(40), 20, streamer=Pause()))
+
+    with nexusquant_evict(model, EXACT):
+        worker = threading.Thread(target=work)
+        worker.start()
+        inside.wait(60)
+    left.set()
+    worker.join()
+    assert_same_run(outputs.pop(), stock)
 
 
 def test_an_abandoned_generator_leaves_nothing(model: Any) -> None:

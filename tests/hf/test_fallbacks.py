@@ -7,16 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from nexusquant import (
-    CompressionConfig,
-    ConfigError,
-    NexusCache,
-    NonFiniteError,
-    UnsupportedError,
-    nexusquant_evict,
-)
-from nexusquant.hf.layer import CompactLayer, NexusQuantWarning
-from tests.hf.models import assert_same_run, generate, prompt, tiny
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -27,6 +17,17 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from nexusquant import (
+    CompressionConfig,
+    ConfigError,
+    NexusCache,
+    NonFiniteError,
+    UnsupportedError,
+    nexusquant_evict,
+)
+from nexusquant.hf.layer import CompactLayer, NexusQuantWarning
+from tests.hf.models import assert_same_run, generate, prompt, tiny
 
 EXACT = CompressionConfig(codec="exact", residual_length=8)
 SMALL = {"vocab_size": 96, "d_model": 32, "num_layers": 1}
@@ -81,7 +82,7 @@ def mamba() -> Any:
         (lambda: encoder_decoders()[0], "T5ForConditionalGeneration is an encoder-decoder"),
         (lambda: encoder_decoders()[1], "BartForConditionalGeneration is an encoder-decoder"),
         (flex, "'flex_attention' is not supported; load the model with 'sdpa'"),
-        (mamba, "MambaForCausalLM"),
+        (mamba, "MambaForCausalLM has no attention layers"),
         (lambda: torch.nn.Linear(2, 2), "expected a transformers model, got Linear"),
     ],
     ids=["t5", "bart", "flex", "mamba", "not_transformers"],
@@ -115,6 +116,7 @@ def test_head_dim_12_stays_exact_with_one_warning(attention: str) -> None:
     stock = generate(model, prompt(60))
     with warnings.catch_warnings(record=True) as caught, nexusquant_evict(model) as run:
         warnings.simplefilter("always")
+        generate(model, prompt(60))
         ours = generate(model, prompt(60))
     assert [str(w.message) for w in caught if w.category is NexusQuantWarning] == [
         "head_dim [12] is not a multiple of 8: such layers stay exact."
@@ -145,19 +147,18 @@ def test_static_cache_is_left_alone_with_one_warning() -> None:
     assert_same_run(ours, stock)
 
 
-def test_offloaded_cache_is_left_alone_with_one_warning() -> None:
+def test_offloaded_cache_is_left_alone_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     cache = DynamicCache(config=model.config)
-    cache.offloading = True  # a real one wants a second device
-    cache.only_non_sliding = False
-    with (
-        pytest.warns(NexusQuantWarning, match="offloaded cache is left uncompressed") as caught,
-        nexusquant_evict(model),
-        pytest.raises(AttributeError, match="prefetch_stream"),
-    ):
-        model(prompt(40), past_key_values=cache)
-    assert len(caught) == 1
-    assert not compact(cache)
+    cache.offloading = True
+    # Offloading itself wants a second device; what counts here is that nobody swaps the layers.
+    monkeypatch.setattr(cache, "update", lambda keys, values, *_: (keys, values))
+    layers = list(cache.layers)
+    with torch.no_grad(), nexusquant_evict(model):
+        with pytest.warns(NexusQuantWarning, match="offloaded cache is left uncompressed"):
+            model(prompt(40), past_key_values=cache)
+        model(prompt(40), past_key_values=cache)  # a second warning would be an error
+    assert all(a is b for a, b in zip(cache.layers, layers, strict=True))
 
 
 def test_filled_cache_is_left_alone_with_one_warning() -> None:
@@ -191,14 +192,10 @@ def test_training_inside_the_block_is_exact_with_one_warning(attention: str) -> 
     model(ids, labels=ids).loss.backward()
     stock = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    with (
-        pytest.warns(NexusQuantWarning, match="training") as caught,
-        nexusquant_evict(model, "max"),
-    ):
-        for _ in range(2):
-            model.zero_grad()
-            model(ids, labels=ids).loss.backward()
-    assert len(caught) == 1
+    with nexusquant_evict(model, "max"):
+        with pytest.warns(NexusQuantWarning, match="training"):
+            model(ids)
+        model(ids, labels=ids).loss.backward()  # a second warning would be an error
     for ours, gradient in zip(model.parameters(), stock, strict=True):
         assert torch.equal(ours.grad, gradient)
 

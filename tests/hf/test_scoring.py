@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from nexusquant import CompressionConfig, nexusquant_evict
 from tests.hf.models import ATTENTIONS, left_padded, prompt, tiny
-from torch import Tensor
 
 EXACT = CompressionConfig(codec="exact", residual_length=8)
 

@@ -31,13 +31,20 @@ def check_model(model: nn.Module) -> None:
             f"{type(model).__name__} does not use a key-value cache that transformers manages"
             " (DynamicCache), so there is nothing to compress."
         )
+    layers = DynamicCache(config=_text_config(model)).layers
+    if not any(isinstance(layer, DynamicLayer) for layer in layers):
+        raise UnsupportedError(
+            f"{type(model).__name__} has no attention layers, so there is nothing to compress."
+        )
 
 
-def compact_layers(cache: Cache, model: nn.Module, config: CompressionConfig) -> None:
+def compact_layers(
+    cache: Cache, model: nn.Module, config: CompressionConfig, notices: Notices
+) -> None:
     """Swap the attention layers of an empty `DynamicCache` for compact ones, in place."""
     lease = Lease(model)
     layers = cache.layers or DynamicCache(config=_text_config(model)).layers
-    notices, book = Notices(), RopeBook()
+    book = RopeBook()
     swapped: list[Any] = []
     kept: dict[str, int] = {}
     for index, layer in enumerate(layers):
@@ -120,9 +127,10 @@ class NexusCache(DynamicCache):
 
     Example:
         >>> from nexusquant import NexusCache
-        >>> cache = NexusCache(model, quality="balanced")  # doctest: +SKIP
-        >>> model.generate(input_ids, past_key_values=cache)  # doctest: +SKIP
-        >>> cache.compression_ratio  # doctest: +SKIP
+        >>> cache = NexusCache(model, quality="balanced")
+        >>> output = model.generate(input_ids, past_key_values=cache, max_new_tokens=8)
+        >>> cache.compression_ratio > 4
+        True
     """
 
     def __init__(
@@ -131,7 +139,7 @@ class NexusCache(DynamicCache):
         check_model(model)
         self.config = resolve_config(quality, **overrides)
         super().__init__(config=_text_config(model))
-        compact_layers(self, model, self.config)
+        compact_layers(self, model, self.config, Notices())
 
     @property
     def profile(self) -> None:

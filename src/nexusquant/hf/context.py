@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
@@ -99,6 +100,9 @@ def _before(
     run = _current(model)
     if run is None:
         return None
+    if model.training and torch.is_grad_enabled():
+        run.notices.warn("training with gradients is left uncompressed; call model.eval() first.")
+        return None
     kwargs = _named(model, args, kwargs)
     if splittable(kwargs, run.config.residual_length):
         scoring, kwargs = run_chunks(model, kwargs, run.config.residual_length)
@@ -131,7 +135,7 @@ def _compact(model: nn.Module, run: Run, cache: Any) -> None:
             " nexusquant_evict block or create a NexusCache."
         )
     else:
-        compact_layers(cache, model, run.config)
+        compact_layers(cache, model, run.config, run.notices)
         run.adopt(cache)
 
 
@@ -223,9 +227,10 @@ def nexusquant_evict(
 
     Example:
         >>> from nexusquant import nexusquant_evict
-        >>> with nexusquant_evict(model, quality="balanced") as run:  # doctest: +SKIP
-        ...     model.generate(input_ids, max_new_tokens=500)
-        >>> print(run.stats)  # doctest: +SKIP
+        >>> with nexusquant_evict(model, quality="balanced") as run:
+        ...     output = model.generate(input_ids, max_new_tokens=8)
+        >>> print(run.stats)
+        0.0... MiB for ... tokens (... kept per head), ...x smaller than fp16, ... bits/element, ...
     """
     check_model(model)
     run = Run(resolve_config(quality, **overrides))

@@ -26,7 +26,6 @@ from nexusquant.hf.rope_tables import RotaryCall, forget_workspace, rotary_frequ
 from nexusquant.math.rope import Frequencies
 
 
-
 class _EagerName(str):
     """The name of our entry for eager models. Copies and pickles of a config get "eager" back."""
 
@@ -125,6 +124,11 @@ def _check(
     module: nn.Module, query: Tensor, snapshot: Snapshot, mask: Any, kwargs: dict[str, Any]
 ) -> None:
     """What can never work on a cache that will be compressed."""
+    if module.training and query.requires_grad:
+        raise UnsupportedError(
+            "no gradient flows through a compressed cache; call model.eval() first, or train"
+            " without a cache (use_cache=False)."
+        )
     if query.shape[1] % snapshot.tail_keys.shape[1]:
         raise UnsupportedError(
             f"{type(module).__name__}: {query.shape[1]} query heads do not divide into"

@@ -93,9 +93,11 @@ class Snapshot:
                     index[..., None].expand_as(x),
                     torch.where(filled[..., None], x, 0).to(whole.dtype),
                 )
-                seen |= torch.zeros_like(seen, dtype=torch.uint8).scatter_add(
-                    2, index, filled.to(torch.uint8)
-                ).bool()
+                seen |= (
+                    torch.zeros_like(seen, dtype=torch.uint8)
+                    .scatter_add(2, index, filled.to(torch.uint8))
+                    .bool()
+                )
             if not bool(seen[:, :, self.first_column :].all()):
                 raise UnsupportedError(
                     f"layer {self.layer.layer_idx} has evicted or padded tokens, so its keys and"

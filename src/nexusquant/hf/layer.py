@@ -38,6 +38,11 @@ class Notices:
             warnings.warn(message, NexusQuantWarning, stacklevel=2)
 
 
+def _owned(x: Tensor) -> Tensor:
+    """x in storage of its own: fused projections hand out views of queries, keys and values."""
+    return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
+
+
 class CompactLayer(CacheLayerMixin):
     """One full-attention layer's cache.
 
@@ -168,7 +173,8 @@ class CompactLayer(CacheLayerMixin):
         candidates: Callable[[], list[Frequencies]],
     ) -> None:
         """Capture the rotary rows of the new tokens: coding and scoring undo them."""
-        if self.book is None or (self.config.codec == "exact" and not self.config.evict_ratio):
+        needless = self.config.codec == "exact" and not self.config.evict_ratio
+        if self.book is None or self.exact or needless:
             return
         past = snapshot.length - snapshot.new
         head_dim = snapshot.tail_keys.shape[-1]
@@ -191,9 +197,10 @@ class CompactLayer(CacheLayerMixin):
     def _compress(
         self, query: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
     ) -> None:
-        if self.exact or self.tail_keys is None or self.tail_values is None:
+        if self.tail_keys is None or self.tail_values is None:
             return
-        if self.tail_keys.shape[2] < self.config.residual_length:
+        if self.exact or self.tail_keys.shape[2] < self.config.residual_length:
+            self.tail_keys, self.tail_values = _owned(self.tail_keys), _owned(self.tail_values)
             return
         chunk = Chunk(
             self.tail_keys, self.tail_values, self.tail_start, valid,
@@ -216,7 +223,8 @@ class CompactLayer(CacheLayerMixin):
 
     def tensors(self) -> list[Any]:
         """Everything that holds storage, for accounting."""
-        return [self.stored, self.tail_keys, self.tail_values, self.rope.table.spans if self.rope else None]
+        spans = self.rope.table.spans if self.rope else None
+        return [self.stored, self.tail_keys, self.tail_values, spans, self.deferred]
 
     @property
     def nbytes(self) -> int:
@@ -262,10 +270,11 @@ class CompactLayer(CacheLayerMixin):
             have = 0 if self.tail_keys is None else self.tail_keys.shape[2]
             if count > have:
                 raise UnsupportedError(
-                    f"cannot remove {count} tokens from layer {self.layer_idx}: only the last {have}"
-                    " are uncompressed. Call activate_past_recording() before the tokens are added."
+                    f"cannot remove {count} tokens from layer {self.layer_idx}: only the last"
+                    f" {have} are uncompressed. Call activate_past_recording() before adding them."
                 )
-            assert self.tail_keys is not None and self.tail_values is not None
+            assert self.tail_keys is not None
+            assert self.tail_values is not None
             self.tail_keys = self.tail_keys[:, :, : have - count]
             self.tail_values = self.tail_values[:, :, : have - count]
             self.length -= count

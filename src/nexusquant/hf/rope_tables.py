@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from nexusquant.errors import UnsupportedError
 from nexusquant.math.rope import Frequencies, KeyFrame, RopeTable, capture
 
+_NAME = "apply_rotary_pos_emb"
 Rows = dict[int, tuple[Tensor, Tensor]]
 
 # cos/sin computed for one forward pass: workspace, not cache content, dropped when the pass ends.
@@ -31,11 +34,9 @@ class ModelRope:
 
     module_name: str
 
-    def __call__(
-        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        function = getattr(sys.modules[self.module_name], "apply_rotary_pos_emb")  # noqa: B009
-        if list(inspect.signature(function).parameters)[1] == "cos":  # one tensor at a time
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        function = getattr(sys.modules[self.module_name], _NAME)
+        if _one_at_a_time(function):
             return function(q, cos, sin, unsqueeze_dim=1), function(k, cos, sin, unsqueeze_dim=1)
         turned: tuple[Tensor, Tensor] = function(q, k, cos, sin)
         return turned
@@ -44,8 +45,13 @@ class ModelRope:
     def of(module: nn.Module) -> ModelRope | None:
         """The function that the file of `module` defines, if it does."""
         name = type(module).__module__
-        found = hasattr(sys.modules[name], "apply_rotary_pos_emb")
-        return ModelRope(name) if found else None
+        return ModelRope(name) if hasattr(sys.modules[name], _NAME) else None
+
+
+@lru_cache(maxsize=64)
+def _one_at_a_time(function: Callable[..., Any]) -> bool:
+    """Whether a model's function takes (x, cos, sin) instead of (q, k, cos, sin)."""
+    return list(inspect.signature(function).parameters)[1] == "cos"
 
 
 @dataclass
@@ -144,7 +150,14 @@ class RopeBook:
             first = past
             positions = torch.arange(first, first + call.cos.shape[1])[None]
         forget_workspace(rope.table)
-        rope.table.extend(past, capture(call.cos, call.sin, positions, candidates()))
+
+        def guesses() -> Iterator[Frequencies]:
+            last = rope.table.spans[-1] if rope.table.spans else None
+            if last is not None and last.frequencies is not None:
+                yield last.frequencies, last.scaling
+            yield from candidates()  # searching the model takes longer than a decode step may
+
+        rope.table.extend(past, capture(call.cos, call.sin, positions, guesses()))
 
 
 def _invertible(rope: LayerRope, head_dim: int) -> bool:

@@ -8,7 +8,7 @@ dynamic and longrope tables change afterwards; where a row is cos(p f) only p an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -98,13 +98,13 @@ def _cat(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([x.expand(rows, *x.shape[1:]) for x in (a, b)], 1)
 
 
-def capture(cos: Tensor, sin: Tensor, positions: Tensor, candidates: Sequence[Frequencies]) -> Span:
+def capture(cos: Tensor, sin: Tensor, positions: Tensor, candidates: Iterable[Frequencies]) -> Span:
     """The span of captured rows, compact if some candidate frequencies reproduce them exactly.
 
     Args:
         cos, sin: (batch or 1, tokens, width), as the model passed them to its attention.
         positions: (batch or 1, tokens) int, the likely RoPE positions.
-        candidates: frequencies found in the model's rotary modules.
+        candidates: frequencies to try, such as those found in the model's rotary modules.
     """
     if all(bool((x == x[:1]).all()) for x in (positions, cos, sin)):
         cos, sin, positions = cos[:1], sin[:1], positions[:1]

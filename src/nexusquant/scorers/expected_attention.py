@@ -62,7 +62,8 @@ class ExpectedAttention:
         # A finite floor: a row of nothing but padding or sinks becomes uniform, not NaN.
         logits.masked_fill_(~body[:, None, :, None], torch.finfo(torch.float32).min)
         weight = logits.softmax(2).mean(-1)
-        norm = torch.linalg.vector_norm(inputs.values, dim=-1, dtype=torch.float32)
+        wide = torch.promote_types(inputs.values.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(inputs.values, dim=-1, dtype=wide).float()
         scores = ((weight + self.epsilon) * norm).masked_fill(~body[:, None], 0.0)
         best = scores.amax(-1, keepdim=True)
         return torch.where((valid & ~body)[:, None], best, scores)

@@ -17,5 +17,6 @@ class KeyNorm:
     @torch.no_grad()
     def score(self, inputs: ScoreInputs) -> Tensor:
         """`(batch, kv_heads, tokens)` fp32, never positive."""
-        norm: Tensor = torch.linalg.vector_norm(inputs.keys, dim=-1, dtype=torch.float32)
-        return -norm
+        wide = torch.promote_types(inputs.keys.dtype, torch.float32)
+        norm: Tensor = torch.linalg.vector_norm(inputs.keys, dim=-1, dtype=wide)
+        return -norm.float()

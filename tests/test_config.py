@@ -1,0 +1,160 @@
+"""`CompressionConfig`: JSON round trip, every bad field named, presets by both names."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import FrozenInstanceError, asdict, fields
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nexusquant import PRESETS, CompressionConfig, ConfigError
+from nexusquant.config import CODECS, LEVELS, TRANSFORMS, resolve_config
+from nexusquant.errors import NexusQuantError
+from nexusquant.scorers import SCORERS
+
+natural = st.integers(0, 10**6)
+rate = st.floats(2, 4) | st.integers(2, 4)
+configs = st.builds(
+    CompressionConfig,
+    evict_ratio=st.floats(0, 1, exclude_max=True),
+    scorer=st.sampled_from(sorted(SCORERS)),
+    per_head=st.booleans(),
+    sinks=natural,
+    recent=natural,
+    codec=st.sampled_from(CODECS),
+    key_bits=rate,
+    value_bits=rate,
+    transform=st.sampled_from(TRANSFORMS),
+    rope_page=natural,
+    residual_length=st.integers(1, 10**6),
+    levels=st.sampled_from(LEVELS),
+    overload=st.floats(0.5, 4),
+    seed=st.integers(0, 2**63 - 1),
+)
+
+
+@given(configs)
+def test_json_round_trip(config: CompressionConfig) -> None:
+    text = config.to_json()
+    assert CompressionConfig.from_json(text) == config
+    assert json.loads(text) == asdict(config)
+    assert hash(config) == hash(CompressionConfig.from_json(text))
+
+
+def test_json_may_leave_fields_out() -> None:
+    assert CompressionConfig.from_json("{}") == CompressionConfig()
+    assert CompressionConfig.from_json('{"sinks": 7}') == CompressionConfig(sinks=7)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a JSON config"),
+        ("{", "not a JSON config"),
+        ("[1]", "JSON object, got list"),
+        ("null", "JSON object, got NoneType"),
+        ('{"colour": 1}', "unknown setting colour; known: codec, evict_ratio"),
+        ('{"sinks": -1}', "sinks=-1"),
+        ('{"sinks": null}', "sinks=None"),
+        ('{"evict_ratio": NaN}', "evict_ratio=nan"),
+    ],
+)
+def test_bad_json(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CompressionConfig.from_json(text)
+
+
+NOT_INTEGERS: list[Any] = [1.5, 2.0, "4", None, True, [4]]
+NOT_NUMBERS: list[Any] = ["0.5", None, True, False, math.nan, math.inf, -math.inf, [0.5], 1j]
+NOT_NAMES: list[Any] = ["", "E8", None, 3, ["e8"], {}]
+BAD: dict[str, list[Any]] = {
+    "evict_ratio": [*NOT_NUMBERS, -0.01, 1.0, 1, 60],
+    "scorer": [*NOT_NAMES, "attention"],
+    "per_head": [0, 1, "yes", None],
+    "sinks": [*NOT_INTEGERS, -1],
+    "recent": [*NOT_INTEGERS, -1],
+    "codec": [*NOT_NAMES, "fp8"],
+    "key_bits": [*NOT_NUMBERS, 1, 1.99, 4.01, 5],
+    "value_bits": [*NOT_NUMBERS, 0, 1.99, 4.01, 8],
+    "transform": [*NOT_NAMES, "dct"],
+    "rope_page": [*NOT_INTEGERS, -1],
+    "residual_length": [*NOT_INTEGERS, 0, -1],
+    "levels": [*NOT_NAMES, "lloyd"],
+    "overload": [*NOT_NUMBERS, 0.49, 4.01, 0],
+    "seed": [*NOT_INTEGERS, -1],
+}
+
+
+def test_every_field_is_checked() -> None:
+    assert set(BAD) == {field.name for field in fields(CompressionConfig)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values], ids=str
+)
+def test_a_bad_field_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        CompressionConfig(**{name: value})
+    assert str(caught.value).startswith(f"{name}={value!r}: must be ")
+    with pytest.raises(ConfigError):
+        CompressionConfig().replace(**{name: value})
+
+
+def test_names_come_with_what_is_allowed() -> None:
+    for name, allowed in (
+        ("scorer", sorted(SCORERS)),
+        ("codec", CODECS),
+        ("transform", TRANSFORMS),
+        ("levels", LEVELS),
+    ):
+        with pytest.raises(ConfigError, match="one of " + ", ".join(allowed)):
+            CompressionConfig(**{name: "nonsense"})  # type: ignore[arg-type]
+
+
+def test_replace_makes_a_copy() -> None:
+    config = CompressionConfig()
+    changed = config.replace(sinks=9, key_bits=3.5)
+    assert (changed.sinks, changed.key_bits, config.sinks) == (9, 3.5, 4)
+    with pytest.raises(ConfigError, match=r"unknown setting depth, size; known: .*value_bits"):
+        config.replace(size=1, depth=2, sinks=3)
+    with pytest.raises(FrozenInstanceError):
+        config.sinks = 3  # type: ignore[misc]
+
+
+def test_presets() -> None:
+    assert list(PRESETS) == ["lossless", "high", "conservative", "balanced", "max", "aggressive"]
+    assert PRESETS["high"] is PRESETS["conservative"]
+    assert PRESETS["max"] is PRESETS["aggressive"]
+    ratios = [PRESETS[name].evict_ratio for name in ("lossless", "high", "balanced", "max")]
+    assert ratios[0] == 0
+    assert ratios == sorted(set(ratios))
+    for name, config in PRESETS.items():
+        assert resolve_config(name) is config
+
+
+def test_resolve_accepts_a_config_and_overrides() -> None:
+    config = CompressionConfig(sinks=1)
+    assert resolve_config(config) is config
+    assert resolve_config(config, recent=5) == CompressionConfig(sinks=1, recent=5)
+    assert resolve_config("max", evict_ratio=0.9).evict_ratio == 0.9
+    assert PRESETS["max"].evict_ratio != 0.9
+
+
+@pytest.mark.parametrize("quality", ["best", "", None, 3, ["max"], {"sinks": 3}], ids=str)
+def test_unknown_presets_list_the_known_ones(quality: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_config(quality)
+    message = str(caught.value)
+    assert repr(quality) in message
+    assert all(name in message for name in PRESETS)
+
+
+def test_config_errors_are_value_errors() -> None:
+    with pytest.raises(ValueError, match="sinks"):
+        CompressionConfig(sinks=-1)
+    with pytest.raises(NexusQuantError):
+        resolve_config("max", sinks=-1)

@@ -1,0 +1,61 @@
+"""Every docstring example runs, with a tiny model where one is needed. None is skipped."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+from typing import Any
+
+import pytest
+import torch
+
+import nexusquant
+from tests.tiny_checkpoint import tiny_model, tiny_tokenizer
+
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def examples() -> list[doctest.DocTest]:
+    """All docstrings with examples, of all modules."""
+    finder = doctest.DocTestFinder()
+    found = []
+    for info in pkgutil.walk_packages(nexusquant.__path__, "nexusquant."):
+        if not info.name.endswith("__main__"):
+            found += finder.find(importlib.import_module(info.name), info.name)
+    return [test for test in found if test.examples]
+
+
+TESTS = examples()
+
+
+@pytest.fixture(scope="module")
+def names() -> dict[str, Any]:
+    """What examples may use without defining it."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(len(tokenizer))
+    ids = torch.randint(2, len(tokenizer), (1, 400), generator=torch.Generator().manual_seed(0))
+    return {"model": model, "tokenizer": tokenizer, "input_ids": ids}
+
+
+@pytest.mark.parametrize("test", TESTS, ids=lambda test: test.name)
+def test_example(test: doctest.DocTest, names: dict[str, Any]) -> None:
+    skipped = [e.lineno for e in test.examples if e.options.get(doctest.SKIP)]
+    assert not skipped, f"examples have to run, lines {skipped} of {test.name} are skipped"
+    test.globs = {**test.globs, **names}
+    report: list[str] = []
+    result = doctest.DocTestRunner(optionflags=OPTIONS).run(test, out=report.append)
+    assert result.attempted > 0
+    assert result.failed == 0, "".join(report)
+
+
+def test_the_public_api_has_examples() -> None:
+    have = [test.name for test in TESTS]
+    for name in nexusquant.__all__:
+        thing = getattr(nexusquant, name)
+        if name == "evaluate":
+            assert any(test.startswith("nexusquant.evaluate") for test in have)
+        elif callable(thing) and not (
+            isinstance(thing, type) and issubclass(thing, nexusquant.NexusQuantError)
+        ):
+            assert any(test.endswith(f".{name}") for test in have), f"{name} has no example"
