@@ -81,10 +81,9 @@ def stress(count: int) -> Tensor:
 def test_2_bit_encoding_is_the_nearest_of_all_65536_words(kind: str) -> None:
     code = E8Code(2, kind)
     x, points = stress(10_000), book(code.levels())
-    # The nearest p has the largest x.p - |p|^2 / 2, one product with the norm as a ninth coordinate.
-    lifted = (
-        torch.cat([points, -points.square().sum(1, keepdim=True) / 2], 1).float().T.contiguous()
-    )
+    # The nearest p has the largest x.p - |p|^2 / 2: one product, the norm as a ninth coordinate.
+    norm = points.square().sum(1, keepdim=True)
+    lifted = torch.cat([points, -norm / 2], 1).float().T.contiguous()
     rows = torch.cat([x, torch.ones(len(x), 1)], 1)
     nearest = points[torch.cat([(part @ lifted).argmax(1) for part in rows.split(32)])]
     for mine in (code.decode(code.encode(x)), code.levels()[nearest_ref(x, code.levels())]):

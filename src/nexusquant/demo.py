@@ -19,7 +19,7 @@ from nexusquant.errors import ConfigError
 from nexusquant.hf.cache import cache_stats
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from nexusquant.config import CompressionConfig
 

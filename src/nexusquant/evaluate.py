@@ -112,7 +112,7 @@ def divergence(
 
 
 def _continue(model: Any, input_ids: Tensor, prefix: int, cache: Any) -> tuple[Tensor, CacheStats]:
-    """Log-probabilities after the prefix, (tokens - prefix, vocab) fp32, and the cache's size then."""
+    """Log-probabilities after the prefix (tokens - prefix, vocab), and the cache's size then."""
     model(input_ids[:, :prefix], past_key_values=cache, use_cache=True)
     stats = cache_stats(cache)
     logits = model(input_ids[:, prefix:], past_key_values=cache, use_cache=True).logits[0]

@@ -92,6 +92,8 @@ def test_walk_agrees_after_batch_operations_rollback_and_deferral() -> None:
         model(prompt(3), past_key_values=cache)
         cache.crop(-2)
     assert cache.nbytes == walked_bytes(cache)
+    cache.reset()
+    assert cache.nbytes == walked_bytes(cache) == 0
 
 
 def test_fused_projections_do_not_hide_behind_short_tails() -> None:
@@ -128,6 +130,7 @@ def test_nothing_of_a_forward_pass_stays_behind() -> None:
     with live, torch.no_grad():
         for _ in range(3):
             model(prompt(400), past_key_values=cache, logits_to_keep=1)
+            model(prompt(400), use_cache=False, logits_to_keep=1)
     assert live.now() == cache.nbytes
     del cache
     assert live.now() == 0

@@ -71,7 +71,8 @@ def test_with_right_padding() -> None:
 @torch.no_grad()
 def test_with_position_ids() -> None:
     ids, mask = left_padded([90, 50])
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    # Strides that no default reproduces: RoPE would not notice a mere shift.
+    positions = (mask.cumsum(-1) - 1).clamp(min=0) * torch.tensor([[3], [2]])
     stock, ours = stock_and_ours(
         tiny(), ids, attention_mask=mask, position_ids=positions, labels=ids
     )

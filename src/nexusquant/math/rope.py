@@ -168,7 +168,13 @@ class RopeTable:
         return sum(span.length for span in self.spans)
 
     def extend(self, past: int, span: Span) -> None:
-        """Record the rows of slots past, past + 1, ...; forgets slots from `past` on first."""
+        """Record the rows of slots past, past + 1, ...; forgets slots from `past` on first.
+
+        Raises:
+            ValueError: rows of slots before `past` are missing.
+        """
+        if past > self.length:
+            raise ValueError(f"rows of slots {self.length} to {past - 1} were never recorded")
         self.truncate(past)
         joined = self.spans[-1].join(span) if self.spans else None
         if joined is not None:
