@@ -30,7 +30,8 @@ class CompressionConfig:
         transform: orthonormal transform before coding, "hadamard" or "identity".
         rope_page: keys are un-rotated to the start of their page of this many positions:
             1 removes RoPE altogether, 0 leaves it on.
-        residual_length: tokens kept uncoded before the next block is compressed (decode).
+        residual_length: the uncoded tail is compressed when it reaches this many tokens. Only
+            forward passes over at least as many tokens evict; decoded tokens are only coded.
         levels: reconstruction levels of the lattice code, "companded" or "uniform".
         overload: factor on the MSE-optimal code range; above 1 trades granular noise for fewer
             clipped outliers.

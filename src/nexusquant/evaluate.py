@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import DynamicCache
 
 from nexusquant.accounting import CacheStats
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import ConfigError
-from nexusquant.hf.cache import NexusCache, cache_stats
+from nexusquant.hf.cache import NexusCache, cache_stats, plain_cache
+from nexusquant.hf.handle import KVHandle
 
 Quality = str | CompressionConfig
 DEFAULT_PRESETS = ("lossless", "high", "balanced", "max")
@@ -98,7 +98,7 @@ def divergence(
             f"need input_ids of one row with at least two tokens behind the prefix of {prefix};"
             f" got shape {tuple(input_ids.shape)}."
         )
-    full, _ = _continue(model, input_ids, prefix, DynamicCache(config=_text_config(model)))
+    full, _ = _continue(model, input_ids, prefix, plain_cache(model))
     cache = NexusCache(model, quality, **overrides)
     compressed, stats = _continue(model, input_ids, prefix, cache)
     target = input_ids[0, prefix + 1 :, None]
@@ -117,10 +117,6 @@ def _continue(model: Any, input_ids: Tensor, prefix: int, cache: Any) -> tuple[T
     stats = cache_stats(cache)
     logits = model(input_ids[:, prefix:], past_key_values=cache, use_cache=True).logits[0]
     return torch.log_softmax(logits.float(), -1), stats
-
-
-def _text_config(model: Any) -> Any:
-    return model.config.get_text_config(decoder=True)
 
 
 @dataclass(frozen=True)
@@ -244,7 +240,7 @@ def memory(
     model(input_ids[:, :64], past_key_values=NexusCache(model, quality, **overrides))  # code tables
     cache: Any = None
     for make in (
-        lambda: DynamicCache(config=_text_config(model)),
+        lambda: plain_cache(model),
         lambda: NexusCache(model, quality, **overrides),
     ):
         cache = None
@@ -263,13 +259,7 @@ def _live_bytes(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and not issubclass(type(thing), _handle_type()):
+        if issubclass(type(thing), Tensor) and not issubclass(type(thing), KVHandle):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
-
-
-def _handle_type() -> type:
-    from nexusquant.hf.handle import KVHandle
-
-    return KVHandle

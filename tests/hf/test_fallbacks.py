@@ -26,7 +26,8 @@ from nexusquant import (
     UnsupportedError,
     nexusquant_evict,
 )
-from nexusquant.hf.layer import CompactLayer, NexusQuantWarning
+from nexusquant.hf.layer import CompactLayer
+from nexusquant.hf.notices import NexusQuantWarning
 from tests.hf.models import assert_same_run, generate, prompt, tiny
 
 EXACT = CompressionConfig(codec="exact", residual_length=8)

@@ -11,9 +11,11 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from nexusquant.accounting import CacheStats, storage_bytes
 from nexusquant.config import CompressionConfig, resolve_config
 from nexusquant.errors import UnsupportedError
-from nexusquant.hf.dispatch import Lease
-from nexusquant.hf.layer import CompactLayer, CompactSlidingLayer, Notices
+from nexusquant.hf.install import Lease
+from nexusquant.hf.layer import CompactLayer
+from nexusquant.hf.notices import Notices
 from nexusquant.hf.rope_tables import RopeBook
+from nexusquant.hf.sliding import CompactSlidingLayer
 
 
 def check_model(model: nn.Module) -> None:
@@ -31,7 +33,7 @@ def check_model(model: nn.Module) -> None:
             f"{type(model).__name__} does not use a key-value cache that transformers manages"
             " (DynamicCache), so there is nothing to compress."
         )
-    layers = DynamicCache(config=_text_config(model)).layers
+    layers = plain_cache(model).layers
     if not any(isinstance(layer, DynamicLayer) for layer in layers):
         raise UnsupportedError(
             f"{type(model).__name__} has no attention layers, so there is nothing to compress."
@@ -43,7 +45,7 @@ def compact_layers(
 ) -> None:
     """Swap the attention layers of an empty `DynamicCache` for compact ones, in place."""
     lease = Lease(model)
-    layers = cache.layers or DynamicCache(config=_text_config(model)).layers
+    layers = cache.layers or plain_cache(model).layers
     book = RopeBook()
     swapped: list[Any] = []
     kept: dict[str, int] = {}
@@ -67,8 +69,14 @@ def compact_layers(
     cache.layer_class_to_replicate = None
 
 
-def _text_config(model: nn.Module) -> Any:
-    return model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+def text_config(model: Any) -> Any:
+    """The config of the decoder, also of a multimodal model."""
+    return model.config.get_text_config(decoder=True)
+
+
+def plain_cache(model: Any) -> DynamicCache:
+    """The cache that the model would make for itself."""
+    return DynamicCache(config=text_config(model))
 
 
 def cache_stats(cache: Cache) -> CacheStats:
@@ -138,7 +146,7 @@ class NexusCache(DynamicCache):
     ) -> None:
         check_model(model)
         self.config = resolve_config(quality, **overrides)
-        super().__init__(config=_text_config(model))
+        super().__init__(config=text_config(model))
         compact_layers(self, model, self.config, Notices())
 
     @property

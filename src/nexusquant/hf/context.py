@@ -24,9 +24,16 @@ from transformers.cache_utils import Cache
 from nexusquant.accounting import CacheStats
 from nexusquant.config import CompressionConfig, resolve_config
 from nexusquant.errors import NexusQuantError
-from nexusquant.hf.cache import cache_stats, check_model, compact_layers
-from nexusquant.hf.dispatch import Installation
-from nexusquant.hf.layer import CompactLayer, Notices
+from nexusquant.hf.cache import (
+    cache_stats,
+    check_model,
+    compact_layers,
+    plain_cache,
+    text_config,
+)
+from nexusquant.hf.install import Installation
+from nexusquant.hf.layer import CompactLayer
+from nexusquant.hf.notices import Notices
 from nexusquant.hf.scoring import Scoring, join, run_chunks, splittable
 
 _lock = threading.RLock()
@@ -111,10 +118,9 @@ def _before(
     cache = kwargs.get("past_key_values")
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
-        text_config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
-        use_cache = getattr(text_config, "use_cache", True)
+        use_cache = getattr(text_config(model), "use_cache", True)
     if cache is None and use_cache:
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # type: ignore[union-attr,operator]
+        cache = plain_cache(model)
         kwargs["past_key_values"] = cache
     if cache is not None:
         _compact(model, run, cache)

@@ -1,10 +1,4 @@
-"""Attention for compressed caches, under the names that models already use.
-
-While a compressed cache or context is alive, the attention functions of the implementations in
-use ("sdpa", "flash_attention_2", ...) are wrapped in transformers' registry: calls that carry our
-handles come here, all others go to the original unchanged. "eager" has no registry entry, so for
-eager models the config names an entry of ours meanwhile. Everything is counted and undone.
-"""
+"""Attention for compressed caches: calls that carry our handles, and what they were called with."""
 
 from __future__ import annotations
 
@@ -16,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from nexusquant.attention import Mask, attend
 from nexusquant.errors import UnsupportedError
@@ -25,31 +17,14 @@ from nexusquant.hf.handle import KVHandle, Snapshot
 from nexusquant.hf.rope_tables import RotaryCall, forget_workspace, rotary_frequencies
 from nexusquant.math.rope import Frequencies
 
-
-class _EagerName(str):
-    """The name of our entry for eager models. Copies and pickles of a config get "eager" back."""
-
-    __slots__ = ()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return str, ("eager",)
-
-
-EAGER = _EagerName("nexusquant_eager")
-_UNREADABLE = ("flex_attention",)  # its masks are functions, not tensors
 _REFUSED = ("position_bias", "indices", "block_indices", "cu_seq_lens_q")
 
-_lock = threading.RLock()
-_wrapped: dict[str, tuple[int, Callable[..., Any], Callable[..., Any]]] = {}
-_eager_configs: dict[int, tuple[int, Any]] = {}
 _call = threading.local()
-_models_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = (
-    weakref.WeakKeyDictionary()
-)
-_hooks: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[Any]]] = weakref.WeakKeyDictionary()
+model_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+"""Attention module to the model it was hooked in."""
 
 
-def _remember_rotary(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def remember_rotary(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Pre-hook of attention modules: the rotary rows of the call that is about to run."""
     rows = kwargs.get("position_embeddings")
     if isinstance(rows, (tuple, list)) and len(rows) == 2 and torch.is_tensor(rows[0]):
@@ -64,7 +39,7 @@ def _rotary_of(module: nn.Module) -> RotaryCall | None:
     return rows if owner == id(module) else None
 
 
-def _finish(model: nn.Module, args: Any, output: Any) -> None:
+def finish(model: nn.Module, args: Any, output: Any) -> None:
     """Forward hook, also after exceptions: rotary rows are workspace of one pass."""
     for table in getattr(_call, "tables", ()):
         forget_workspace(table)
@@ -73,7 +48,7 @@ def _finish(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def _candidates(module: nn.Module) -> list[Frequencies]:
-    reference = _models_of.get(module)
+    reference = model_of.get(module)
     model = reference() if reference is not None else None
     return rotary_frequencies(model) if model is not None else []
 
@@ -171,7 +146,7 @@ def _valid(mask: Tensor | None, snapshot: Snapshot) -> Tensor | None:
     return None if bool(picked.all()) else picked.expand(batch, -1)
 
 
-def _make_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
+def make_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
     def dispatch(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
@@ -182,7 +157,7 @@ def _make_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
     return dispatch
 
 
-def _eager(
+def eager_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     """The eager function of the module's own file, or ours."""
@@ -195,111 +170,3 @@ def _eager(
     if isinstance(key, KVHandle) and isinstance(value, KVHandle):
         return _nexus_attention(original, module, query, key, value, *args, **kwargs)
     return original(module, query, key, value, *args, **kwargs)
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """The distinct configs of a model and its submodels."""
-    found = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    return list(found.values())
-
-
-class Installation:
-    """Keeps a model's attention routed to us. `release` is idempotent and safe from any thread."""
-
-    def __init__(self, model: nn.Module) -> None:
-        configs = _configs(model)
-        for config in configs:
-            name = config._attn_implementation
-            if name in _UNREADABLE or (name or "").startswith("paged|"):
-                raise UnsupportedError(
-                    f"attn_implementation={name!r} is not supported; load the model with 'sdpa',"
-                    " 'eager' or a flash attention."
-                )
-        with _lock:
-            self._names = [_wrap(config) for config in configs]
-            self._model = weakref.ref(model)
-            self._configs = configs
-            count, handles = _hooks.get(model, (0, []))
-            if not count:
-                handles = _hook_attention(model)
-            _hooks[model] = count + 1, handles
-            self._live = True
-
-    def release(self) -> None:
-        """Undo this installation."""
-        with _lock:
-            if not self._live:
-                return
-            self._live = False
-            for config, name in zip(self._configs, self._names, strict=True):
-                _unwrap(config, name)
-            model = self._model()
-            if model is None or model not in _hooks:
-                return
-            count, handles = _hooks.pop(model)
-            if count > 1:
-                _hooks[model] = count - 1, handles
-            else:
-                for handle in handles:
-                    handle.remove()
-
-
-class Lease:
-    """An `Installation` that lives as long as its holder; a copy of the holder gets its own."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
-        weakref.finalize(self, Installation(model).release).atexit = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Lease | None:
-        model = self._model()
-        return Lease(model) if model is not None else None
-
-
-def _hook_attention(model: nn.Module) -> list[Any]:
-    handles = [model.register_forward_hook(_finish, always_call=True)]
-    for module in model.modules():
-        if "ttention" in type(module).__name__ and hasattr(module, "layer_idx"):
-            _models_of[module] = weakref.ref(model)
-            handles.append(module.register_forward_pre_hook(_remember_rotary, with_kwargs=True))
-    return handles
-
-
-def _wrap(config: Any) -> str | None:
-    name: str | None = config._attn_implementation
-    if name == "eager" or name == EAGER:
-        count, _ = _eager_configs.get(id(config), (0, config))
-        _eager_configs[id(config)] = count + 1, config
-        if name == "eager":
-            AttentionInterface.register(EAGER, _eager)
-            AttentionMaskInterface.register(EAGER, AttentionMaskInterface()["eager"])
-            config._attn_implementation_internal = EAGER
-        return EAGER
-    if name is None or name not in AttentionInterface():
-        return None
-    count, original, ours = _wrapped.get(name, (0, AttentionInterface()[name], None))
-    if ours is None:
-        ours = _make_dispatcher(original)
-        AttentionInterface.register(name, ours)
-    _wrapped[name] = count + 1, original, ours
-    return name
-
-
-def _unwrap(config: Any, name: str | None) -> None:
-    if name is None:
-        return
-    if name == EAGER:
-        count, _ = _eager_configs.pop(id(config))
-        if count > 1:
-            _eager_configs[id(config)] = count - 1, config
-        elif config._attn_implementation == EAGER:
-            config._attn_implementation_internal = "eager"
-        if not _eager_configs:
-            for interface in (AttentionInterface, AttentionMaskInterface):
-                interface._global_mapping.pop(EAGER, None)
-        return
-    count, original, ours = _wrapped.pop(name)
-    if count > 1:
-        _wrapped[name] = count - 1, original, ours
-    elif AttentionInterface._global_mapping.get(name) is ours:
-        AttentionInterface.register(name, original)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,28 +13,12 @@ from nexusquant.accounting import storage_bytes
 from nexusquant.compressor import Chunk, Stored, compress
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import UnsupportedError
-from nexusquant.hf.dispatch import Lease
 from nexusquant.hf.handle import KVHandle, Snapshot
+from nexusquant.hf.install import Lease
+from nexusquant.hf.notices import Notices
 from nexusquant.hf.rope_tables import LayerRope, RopeBook, RotaryCall
 from nexusquant.math.e8 import GROUP
 from nexusquant.math.rope import Frequencies, KeyFrame
-
-
-class NexusQuantWarning(UserWarning):
-    """Something stays uncompressed; results are exact."""
-
-
-class Notices:
-    """Warnings of one cache, each message given once."""
-
-    def __init__(self) -> None:
-        self.given: set[str] = set()
-
-    def warn(self, message: str) -> None:
-        """Warn unless this cache already did."""
-        if message not in self.given:
-            self.given.add(message)
-            warnings.warn(message, NexusQuantWarning, stacklevel=2)
 
 
 def _owned(x: Tensor) -> Tensor:
@@ -64,6 +47,7 @@ class CompactLayer(CacheLayerMixin):
         self.rope: LayerRope | None = None
         self.record_past = False
         self.exact = False
+        self.reached = False  # by our attention function
         self.reset()
 
     def reset(self) -> None:
@@ -96,6 +80,11 @@ class CompactLayer(CacheLayerMixin):
         """Append K and V, each (batch, kv_heads, new, dim); returns their handles."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.length and not self.reached:
+            self.notices.warn(
+                "this model computes attention where it cannot be routed to compressed keys and"
+                " values (see docs/ARCHITECTURE.md): such layers stay exact."
+            )
         first_column = self.first_visible
         new = key_states.detach(), value_states.detach()
         if self.tail_keys is not None and self.tail_values is not None:
@@ -189,6 +178,7 @@ class CompactLayer(CacheLayerMixin):
             query: (batch, query_heads, q_len, dim) post-RoPE, of the last q_len tail tokens.
             valid: (batch, tail) bool, False for padding.
         """
+        self.reached = True
         if self.record_past:  # a rollback may come: `crop` compresses
             self.deferred = (query.detach(), valid, scaling, softcap)
             return
@@ -293,42 +283,3 @@ class CompactLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Move back to the device of the first update."""
         self._map(lambda t: t.to(self.device, non_blocking=True))
-
-
-class CompactSlidingLayer(CompactLayer):
-    """A sliding-window layer: coded without eviction; tokens that left the window are dropped.
-
-    Args:
-        sliding_window: tokens a query sees, its own included.
-    """
-
-    is_sliding = True
-
-    def __init__(
-        self, config: CompressionConfig, layer_idx: int, notices: Notices, sliding_window: int
-    ) -> None:
-        self.sliding_window = sliding_window
-        super().__init__(config.replace(evict_ratio=0.0, sinks=0), layer_idx, notices)
-
-    def get_max_length(self) -> int:
-        """The window."""
-        return self.sliding_window
-
-    get_max_cache_shape = get_max_length
-
-    @property
-    def first_visible(self) -> int:
-        """First slot that the next query can see."""
-        return max(self.length - self.sliding_window + 1, 0)
-
-    def _compress(
-        self, query: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
-    ) -> None:
-        first = self.first_visible
-        self.stored = self.stored.drop_before(first)
-        surplus = first - self.tail_start
-        if surplus > 0 and self.tail_keys is not None and self.tail_values is not None:
-            self.tail_keys = self.tail_keys[:, :, surplus:].clone()
-            self.tail_values = self.tail_values[:, :, surplus:].clone()
-            valid = None if valid is None else valid[:, surplus:]
-        super()._compress(query, valid, scaling, softcap)

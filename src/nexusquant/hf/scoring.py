@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+
+from nexusquant.hf.cache import plain_cache, text_config
 
 CHUNK = 256
 _WHOLE_CALL = ("output_hidden_states", "output_attentions", "logits_to_keep", "inputs_embeds")
@@ -54,7 +55,7 @@ def run_chunks(
     labels, ids = kwargs.pop("labels"), kwargs["input_ids"]
     tokens = ids.shape[1]
     step = chunk_length(tokens, residual_length)
-    kwargs["past_key_values"] = DynamicCache(config=model.config.get_text_config(decoder=True))  # type: ignore[union-attr,operator]
+    kwargs["past_key_values"] = plain_cache(model)
     kwargs["use_cache"] = True
 
     def part(begin: int, stop: int) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def join(model: Any, scoring: Scoring, output: Any) -> Any:
     whole = isinstance(output, tuple)
     last = output[0] if whole else output.logits
     logits = torch.cat([*scoring.logits, last], 1)
-    vocab = model.config.get_text_config(decoder=True).vocab_size
+    vocab = text_config(model).vocab_size
     loss = model.loss_function(logits=logits, labels=scoring.labels, vocab_size=vocab)
     if whole:
         return (loss, logits, *output[1:])

@@ -108,7 +108,7 @@ def capture(cos: Tensor, sin: Tensor, positions: Tensor, candidates: Iterable[Fr
     """
     if all(bool((x == x[:1]).all()) for x in (positions, cos, sin)):
         cos, sin, positions = cos[:1], sin[:1], positions[:1]
-    tolerance = max(1e-5, 4 * torch.finfo(cos.dtype).eps)
+    tolerance = max(1e-5, torch.finfo(cos.dtype).eps)
     for frequencies, scaling in candidates:
         for tiling in _TILINGS:
             where = positions.to(cos.device, torch.int32)
@@ -176,7 +176,11 @@ class RopeTable:
         if past > self.length:
             raise ValueError(f"rows of slots {self.length} to {past - 1} were never recorded")
         self.truncate(past)
-        joined = self.spans[-1].join(span) if self.spans else None
+        last = self.spans[-1] if self.spans else None
+        if last is not None and span.length == 1 and last.join(span) is None:
+            # Dynamic scaling has new frequencies for every decoded token: rows take less.
+            span = Span(rows=span.cos_sin())
+        joined = last.join(span) if last is not None else None
         if joined is not None:
             self.spans[-1] = joined
         else:
