@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,37 +13,14 @@ from torch import Tensor, nn
 from nexusquant.attention import Mask, attend
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.handle import KVHandle, Snapshot
-from nexusquant.hf.rope_tables import RotaryCall, forget_workspace, rotary_frequencies
+from nexusquant.hf.passes import rotary_of
+from nexusquant.hf.rope_tables import rotary_frequencies
 from nexusquant.math.rope import Frequencies
 
 _REFUSED = ("position_bias", "indices", "block_indices", "cu_seq_lens_q")
 
-_call = threading.local()
 model_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 """Attention module to the model it was hooked in."""
-
-
-def remember_rotary(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Pre-hook of attention modules: the rotary rows of the call that is about to run."""
-    rows = kwargs.get("position_embeddings")
-    if isinstance(rows, (tuple, list)) and len(rows) == 2 and torch.is_tensor(rows[0]):
-        _call.rotary = id(module), RotaryCall(rows[0], rows[1], kwargs.get("position_ids"))
-    else:
-        _call.rotary = id(module), None
-
-
-def _rotary_of(module: nn.Module) -> RotaryCall | None:
-    owner, rows = getattr(_call, "rotary", (None, None))
-    _call.rotary = None, None
-    return rows if owner == id(module) else None
-
-
-def finish(model: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook, also after exceptions: rotary rows are workspace of one pass."""
-    for table in getattr(_call, "tables", ()):
-        forget_workspace(table)
-    _call.tables = weakref.WeakSet()
-    _call.rotary = None, None
 
 
 def _candidates(module: nn.Module) -> list[Frequencies]:
@@ -68,11 +44,7 @@ def _nexus_attention(
     snapshot: Snapshot = key.snapshot
     layer = snapshot.layer
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer.record_rotary(_rotary_of(module), module, snapshot, lambda: _candidates(module))
-    if layer.rope is not None and layer.rope.owner:
-        if not hasattr(_call, "tables"):
-            _call.tables = weakref.WeakSet()
-        _call.tables.add(layer.rope.table)
+    layer.record_rotary(rotary_of(module), module, snapshot, lambda: _candidates(module))
     _check(module, query, snapshot, attention_mask, kwargs)
     if not snapshot.compressed:
         keys, values = snapshot.dense()

@@ -20,11 +20,10 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.dispatch import (
     eager_attention,
-    finish,
     make_dispatcher,
     model_of,
-    remember_rotary,
 )
+from nexusquant.hf.passes import begin, finish, remember_rotary
 
 
 class _EagerName(str):
@@ -105,7 +104,10 @@ class Lease:
 
 
 def _hook_attention(model: nn.Module) -> list[Any]:
-    handles = [model.register_forward_hook(finish, always_call=True)]
+    handles = [
+        model.register_forward_pre_hook(begin),
+        model.register_forward_hook(finish, always_call=True),
+    ]
     for module in model.modules():
         if "ttention" in type(module).__name__ and hasattr(module, "layer_idx"):
             model_of[module] = weakref.ref(model)

@@ -16,9 +16,12 @@ from nexusquant.errors import UnsupportedError
 from nexusquant.hf.handle import KVHandle, Snapshot
 from nexusquant.hf.install import Lease
 from nexusquant.hf.notices import Notices
+from nexusquant.hf.passes import note_update
 from nexusquant.hf.rope_tables import LayerRope, RopeBook, RotaryCall
 from nexusquant.math.e8 import GROUP
 from nexusquant.math.rope import Frequencies, KeyFrame
+
+_STATE = ("stored", "tail_keys", "tail_values", "length", "deferred", "rope")
 
 
 def _owned(x: Tensor) -> Tensor:
@@ -61,6 +64,18 @@ class CompactLayer(CacheLayerMixin):
         if self.rope is not None:
             self.rope.truncate(0)
 
+    def state(self) -> tuple[Any, ...]:
+        """What `restore` needs to undo the updates that follow; holds references, no copies."""
+        return tuple(getattr(self, name) for name in _STATE)
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Back to an earlier `state`."""
+        rope = self.rope
+        for name, value in zip(_STATE, state, strict=True):
+            setattr(self, name, value)
+        if rope is not None:
+            rope.truncate(self.length)
+
     # -- what transformers asks for
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -85,6 +100,7 @@ class CompactLayer(CacheLayerMixin):
                 "this model computes attention where it cannot be routed to compressed keys and"
                 " values (see docs/ARCHITECTURE.md): such layers stay exact."
             )
+        note_update(self)
         first_column = self.first_visible
         new = key_states.detach(), value_states.detach()
         if self.tail_keys is not None and self.tail_values is not None:

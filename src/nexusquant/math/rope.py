@@ -61,11 +61,12 @@ class Span:
         return self.cos_sin(torch.div(self.positions, page, rounding_mode="floor") * page)
 
     def cut(self, length: int) -> Span:
-        """The first `length` slots."""
+        """The first `length` slots, in storage of their own."""
         if self.rows is not None:
-            return replace(self, rows=(self.rows[0][:, :length], self.rows[1][:, :length]))
+            cos, sin = (row[:, :length].clone() for row in self.rows)
+            return replace(self, rows=(cos, sin))
         assert self.positions is not None
-        return replace(self, positions=self.positions[:, :length])
+        return replace(self, positions=self.positions[:, :length].clone())
 
     def join(self, other: Span) -> Span | None:
         """Both as one span, or None if they do not rotate alike."""

@@ -1,0 +1,78 @@
+"""A forward pass that fails half way leaves the cache as it was."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nexusquant import NexusCache, NonFiniteError
+from tests.hf.models import prompt, tiny
+
+SETTINGS: dict[str, Any] = {"quality": "high", "residual_length": 8, "recent": 4}
+
+
+class Failing:
+    """Raises at the `at`-th layer's MLP, where earlier layers have taken up the new tokens."""
+
+    def __init__(self, model: nn.Module, error: BaseException, at: int = 1) -> None:
+        self.error = error
+        layer = model.model.layers[at]
+        self.handle = layer.register_forward_pre_hook(self._raise)
+
+    def _raise(self, *_: Any) -> None:
+        raise self.error
+
+
+def logits(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("first", [0, 40])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_failed_pass_is_undone(name: str, first: int, error: BaseException) -> None:
+    model = tiny(name)
+    ids = prompt(80)
+    caches = [NexusCache(model, **SETTINGS) for _ in range(2)]
+    for cache in caches:
+        if first:
+            logits(model, cache, ids[:, :first])
+    failing = Failing(model, error)
+    with pytest.raises(type(error)):
+        logits(model, caches[0], ids[:, first:60])
+    failing.handle.remove()
+    for cache in caches:  # also the first pass after a KeyboardInterrupt starts from a clean cache
+        cache.result = logits(model, cache, ids[:, first:60])
+    assert torch.equal(caches[0].result, caches[1].result)
+    assert caches[0].get_seq_length() == 60
+    assert caches[0].nbytes == caches[1].nbytes
+    assert torch.equal(*(logits(model, cache, ids[:, 60:]) for cache in caches))
+
+
+def test_a_refused_pass_is_undone() -> None:
+    model = tiny("llama")
+    cache = NexusCache(model, **SETTINGS)
+    logits(model, cache, prompt(40))
+    before = cache.nbytes
+    bad = model.get_input_embeddings()(prompt(20)).detach().clone()
+    bad[0, 3] = torch.nan
+    with torch.no_grad(), pytest.raises(NonFiniteError, match="layer 0"):
+        model(inputs_embeds=bad, past_key_values=cache)
+    assert cache.get_seq_length() == 40
+    assert cache.nbytes == before
+
+
+def test_a_pass_keeps_nothing_alive() -> None:
+    model = tiny("llama")
+    cache = NexusCache(model, **SETTINGS)
+    logits(model, cache, prompt(40))
+    layer = weakref.ref(cache.layers[0])
+    del cache
+    gc.collect()
+    assert layer() is None
