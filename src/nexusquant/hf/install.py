@@ -98,9 +98,13 @@ class Lease:
         self._model = weakref.ref(model)
         weakref.finalize(self, Installation(model).release).atexit = False
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, while it exists."""
+        return self._model()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease | None:
-        model = self._model()
-        return Lease(model) if model is not None else None
+        return Lease(self.model) if self.model is not None else None
 
 
 def _hook_attention(model: nn.Module) -> list[Any]:

@@ -100,7 +100,7 @@ class CompactLayer(CacheLayerMixin):
                 "this model computes attention where it cannot be routed to compressed keys and"
                 " values (see docs/ARCHITECTURE.md): such layers stay exact."
             )
-        note_update(self)
+        note_update(self, self.lease.model if self.lease is not None else None)
         first_column = self.first_visible
         new = key_states.detach(), value_states.detach()
         if self.tail_keys is not None and self.tail_values is not None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,47 +21,72 @@ if TYPE_CHECKING:
     from nexusquant.hf.layer import CompactLayer
 
 
-class _Pass(threading.local):
-    """What is known of the running pass."""
+@dataclass
+class _Pass:
+    """A running pass, and what the layers it updated were before."""
+
+    model: int  # id
+    before: dict[int, tuple[weakref.ref[CompactLayer], Any]] = field(default_factory=dict)
+
+    def layers(self) -> Iterator[tuple[CompactLayer, Any]]:
+        """The layers that still exist, with their state before."""
+        for reference, state in self.before.values():
+            layer = reference()
+            if layer is not None:
+                yield layer, state
+
+    def undo(self) -> None:
+        """Put all of them back."""
+        for layer, state in self.layers():
+            layer.restore(state)
+
+
+class _Running(threading.local):
+    """This thread's passes, innermost last: models may call models."""
 
     def __init__(self) -> None:
         self.rotary: tuple[int | None, RotaryCall | None] = None, None
-        self.before: dict[int, tuple[weakref.ref[CompactLayer], Any]] | None = None
+        self.passes: list[_Pass] = []
+
+    def end(self, model: nn.Module) -> _Pass | None:
+        """Remove the pass of `model` and what is inside it."""
+        for depth, running in enumerate(self.passes):
+            if running.model == id(model):
+                del self.passes[depth:]
+                return running
+        return None
 
 
-_running = _Pass()
+_running = _Running()
 
 
 def begin(model: nn.Module, args: Any) -> None:
     """Forward pre-hook of the model."""
-    if _running.before:  # the last pass never ended: a KeyboardInterrupt skips forward hooks
-        _restore()
-    _running.before = {}
+    stale = _running.end(model)
+    if stale is not None:  # it never finished: a KeyboardInterrupt skips forward hooks
+        stale.undo()
+    _running.passes.append(_Pass(id(model)))
 
 
 def finish(model: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of the model; after an exception the output is None."""
-    for reference, _ in (_running.before or {}).values():
-        layer = reference()
-        if layer is not None and layer.rope is not None:
+    _running.rotary = None, None
+    ended = _running.end(model)
+    if ended is None:
+        return
+    for layer, _ in ended.layers():
+        if layer.rope is not None:
             forget_workspace(layer.rope.table)  # rotary rows are workspace of one pass
     if output is None:
-        _restore()
-    _running.before = None
-    _running.rotary = None, None
+        ended.undo()
 
 
-def note_update(layer: CompactLayer) -> None:
-    """`layer` is about to receive tokens of the running pass."""
-    if _running.before is not None and id(layer) not in _running.before:
-        _running.before[id(layer)] = weakref.ref(layer), layer.state()
-
-
-def _restore() -> None:
-    for reference, state in (_running.before or {}).values():
-        layer = reference()
-        if layer is not None:
-            layer.restore(state)
+def note_update(layer: CompactLayer, model: nn.Module | None) -> None:
+    """`layer`, of a cache of `model`, is about to receive tokens."""
+    if _running.passes and _running.passes[-1].model == id(model):
+        before = _running.passes[-1].before
+        if id(layer) not in before:
+            before[id(layer)] = weakref.ref(layer), layer.state()
 
 
 def remember_rotary(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
