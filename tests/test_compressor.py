@@ -167,13 +167,11 @@ def test_bad_scores_are_refused() -> None:
         compress(config(evict_ratio=0.5), Stored(), source)
 
 
-def test_evicted_bad_numbers_need_not_be_coded_exactly() -> None:
-    """The exact codec stores what it is given: infinity is the model's own business."""
+def test_bad_numbers_are_refused_by_the_exact_codec_too() -> None:
     source = chunk(40)
     source.values[0, 0, 9, 0] = torch.inf
-    stored = compress(config(codec="exact"), Stored(), source)
-    assert isinstance(stored.body, ExactTokens)
-    assert torch.isinf(stored.body.values).sum() == 1
+    with pytest.raises(NonFiniteError, match="infinite values"):
+        compress(config(codec="exact"), Stored(), source)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -51,8 +51,8 @@ def test_the_ratio_counts_eviction_and_both_vocabularies_agree(model, input_ids)
     assert ratios["lossless"] < ratios["high"] < ratios["balanced"] < ratios["max"]
 
 
-def test_fp16_and_fp32_models_are_both_served(tokenizer, input_ids):
-    for dtype in (torch.float32, torch.bfloat16):
+def test_half_and_single_precision_models_are_both_served(tokenizer, input_ids):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model = tiny_model(len(tokenizer)).to(dtype)
         with nexusquant_evict(model, quality="balanced") as run:
             model(input_ids)

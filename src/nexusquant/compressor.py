@@ -121,11 +121,16 @@ def _sinks(config: CompressionConfig, chunk: Chunk, index: Tensor) -> ExactToken
     dtype = chunk.keys.dtype
     if config.codec == "e8" and dtype.itemsize > 2:
         dtype = torch.float16
-    sinks = ExactTokens.select(chunk.keys, chunk.values, index[:, None], chunk.start, dtype)
-    for name, x in (("keys", sinks.keys), ("values", sinks.values)):
+    return _exact(chunk, index[:, None], dtype)
+
+
+def _exact(chunk: Chunk, index: Tensor, dtype: torch.dtype) -> ExactTokens:
+    """The tokens at `index` (batch, heads or 1, n), uncoded."""
+    tokens = ExactTokens.select(chunk.keys, chunk.values, index, chunk.start, dtype)
+    for name, x in (("keys", tokens.keys), ("values", tokens.values)):
         if not bool(torch.isfinite(x).all()):
-            raise NonFiniteError(f"NaN or infinite {name} among the sinks")
-    return sinks
+            raise NonFiniteError(f"NaN or infinite {name}")
+    return tokens
 
 
 def _select(config: CompressionConfig, past: Stored, chunk: Chunk, frame: KeyFrame) -> Selection:
@@ -159,7 +164,7 @@ def _encode(
 ) -> CodedTokens | ExactTokens:
     """The kept tokens behind `past`, in the config's codec."""
     if config.codec == "exact":
-        new = ExactTokens.select(chunk.keys, chunk.values, index, chunk.start, chunk.keys.dtype)
+        new = _exact(chunk, index, chunk.keys.dtype)
         return past.append(new) if isinstance(past, ExactTokens) else new
     empty = (index < 0)[..., None]
     slots = torch.where(index < 0, -1, index + chunk.start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from typing import Any
 
@@ -231,3 +232,46 @@ def test_reading_evicted_keys_is_refused_and_coded_ones_are_decoded() -> None:
     assert error < 0.12
     with pytest.raises(UnsupportedError, match="evicted or padded"):
         evicted.layers[0].keys + 0
+
+
+@torch.no_grad()
+def test_stats_of_a_cache_that_was_left_alone() -> None:
+    model = tiny()
+    cache = DynamicCache(config=model.config)
+    model(prompt(40), past_key_values=cache)
+    with nexusquant_evict(model) as run, pytest.warns(NexusQuantWarning, match="already holds"):
+        model(prompt(5), past_key_values=cache)
+    assert run.stats.tokens == 45
+    assert run.stats.compressed_layers == 0
+    assert run.stats.compression_ratio == 0.5, "fp32 against fp16"
+
+
+@torch.no_grad()
+def test_another_batch_size_is_refused() -> None:
+    model = tiny()
+    cache = NexusCache(model)
+    model(prompt(40, batch=2), past_key_values=cache)
+    with pytest.raises(UnsupportedError, match=r"\(2, 2\) but was given \(3, 2\)"):
+        model(prompt(5, batch=3), past_key_values=cache)
+    assert cache.get_seq_length() == 40
+
+
+def test_pickling_a_cache_is_refused_with_a_reason() -> None:
+    with pytest.raises(UnsupportedError, match=r"copy\.deepcopy works"):
+        pickle.dumps(NexusCache(tiny()))
+
+
+def test_gradients_are_right_or_refused() -> None:
+    model = tiny()
+    embedded = model.get_input_embeddings()(prompt(60)).detach().requires_grad_()
+
+    def gradient(cache: Any) -> torch.Tensor:
+        logits = model(inputs_embeds=embedded, past_key_values=cache).logits
+        return torch.autograd.grad(logits.sum(), embedded)[0]
+
+    cache = NexusCache(model, "max")
+    stock = gradient(DynamicCache(config=model.config))
+    torch.testing.assert_close(gradient(cache), stock, rtol=1e-4, atol=1e-5)
+    assert all(not x.requires_grad for x in (cache.layers[0].tail_keys,))
+    with pytest.raises(UnsupportedError, match="no gradient flows into the past"):
+        gradient(cache)

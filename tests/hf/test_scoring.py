@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nexusquant import CompressionConfig, nexusquant_evict
+from nexusquant.hf.notices import NexusQuantWarning
 from tests.hf.models import ATTENTIONS, left_padded, prompt, tiny
 
 EXACT = CompressionConfig(codec="exact", residual_length=8)
@@ -127,3 +128,50 @@ def test_without_labels_nothing_is_split() -> None:
     model, ids = tiny(), prompt(90)
     stock, ours = stock_and_ours(model, ids, settings=CompressionConfig(evict_ratio=0.8))
     torch.testing.assert_close(ours.logits, stock.logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_interrupted_call_leaves_nothing_behind() -> None:
+    model, ids = tiny(), prompt(200)
+    passes: list[int] = []
+
+    def interrupt(*_: Any) -> None:
+        passes.append(1)
+        if len(passes) == 4:  # in the last chunk
+            raise KeyboardInterrupt
+
+    with nexusquant_evict(model, "max"):
+        handle = model.model.norm.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, labels=ids)
+        handle.remove()
+        output = model(ids[:, :50])
+        assert output.loss is None
+        assert output.logits.shape[1] == 50
+    assert model(ids[:, :50]).loss is None
+
+
+@torch.no_grad()
+def test_loss_arguments_and_masks_of_four_dimensions_are_honoured() -> None:
+    ids = prompt(90)
+    stock, ours = stock_and_ours(tiny(), ids, labels=ids, num_items_in_batch=10)
+    assert_same(ours, stock)
+    mask = torch.ones(90, 90, dtype=torch.bool).tril()[None, None]
+    stock, ours = stock_and_ours(tiny(), ids, labels=ids, attention_mask=mask)
+    assert_same(ours, stock)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"use_cache": False}, {"output_hidden_states": True}, {"logits_to_keep": 90}],
+)
+@torch.no_grad()
+def test_a_call_that_cannot_be_split_says_so(arguments: dict[str, Any]) -> None:
+    model, ids = tiny(), prompt(90)
+    stock = model(ids, labels=ids, **arguments)
+    with (
+        nexusquant_evict(model, "max"),
+        pytest.warns(NexusQuantWarning, match=f"in one pass.*{next(iter(arguments))}"),
+    ):
+        ours = model(ids, labels=ids, **arguments)
+    assert_same(ours, stock)

@@ -34,7 +34,7 @@ from nexusquant.hf.cache import (
 from nexusquant.hf.install import Installation
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
-from nexusquant.hf.scoring import Scoring, join, run_chunks, splittable
+from nexusquant.hf.scoring import Scoring, join, obstacle, run_chunks, too_short
 
 _lock = threading.RLock()
 _thread = threading.local()
@@ -63,7 +63,10 @@ class Run:
         if self._cache is not None:
             self._last = cache_stats(self._cache)
         if self._last is None:
-            raise NexusQuantError("no cache was used inside this nexusquant_evict block yet.")
+            raise NexusQuantError(
+                "no cache was used inside this nexusquant_evict block: nothing ran yet, or the"
+                " model ran without a cache (use_cache=False)."
+            )
         return self._last
 
     def adopt(self, cache: Cache) -> None:
@@ -110,8 +113,11 @@ def _before(
     if model.training and torch.is_grad_enabled():
         run.notices.warn("training with gradients is left uncompressed; call model.eval() first.")
         return None
+    _forget_scoring(model)  # an interrupted call leaves its state behind
     kwargs = _named(model, args, kwargs)
-    if splittable(kwargs, run.config.residual_length):
+    if kwargs.get("labels") is not None and (why := obstacle(model, kwargs)):
+        run.notices.warn(f"labels are scored in one pass, against exact keys and values: {why}.")
+    elif kwargs.get("labels") is not None and not too_short(kwargs, run.config.residual_length):
         scoring, kwargs = run_chunks(model, kwargs, run.config.residual_length)
         _scorings().append((id(model), scoring))
         return (), kwargs
@@ -135,11 +141,13 @@ def _compact(model: nn.Module, run: Run, cache: Any) -> None:
         run.notices.warn(
             f"{kind} is left uncompressed; use the default DynamicCache (no cache_implementation)."
         )
+        run.adopt(cache)
     elif cache.get_seq_length() > 0:
         run.notices.warn(
             "a DynamicCache that already holds tokens is left uncompressed; start it inside the"
             " nexusquant_evict block or create a NexusCache."
         )
+        run.adopt(cache)
     else:
         compact_layers(cache, model, run.config, run.notices)
         run.adopt(cache)
@@ -176,7 +184,8 @@ class _Prepare:
         if run is not None and cache is not None:
             _compact(model, run, cache)
             if getattr(generation_config, "is_assistant", False):
-                cache.activate_past_recording()
+                for layer in cache.layers:  # early 5.x has no such method on caches
+                    getattr(layer, "activate_past_recording", lambda: None)()
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -200,6 +209,10 @@ def _scorings() -> list[tuple[int, Scoring]]:
         _thread.scorings = []
     found: list[tuple[int, Scoring]] = _thread.scorings
     return found
+
+
+def _forget_scoring(model: nn.Module) -> None:
+    _thread.scorings = [entry for entry in _scorings() if entry[0] != id(model)]
 
 
 def _after(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -257,5 +270,6 @@ def nexusquant_evict(
                 for hook in _hooks.pop(model):
                     hook.remove()
                 del _entered[model]
+        _forget_scoring(model)
         installation.release()
         run.let_go()

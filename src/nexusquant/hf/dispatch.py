@@ -62,9 +62,18 @@ def _nexus_attention(
             softcap=kwargs.get("softcap"), sink_logits=kwargs.get("s_aux"),
         ).transpose(1, 2).contiguous()  # fmt: skip
         weights = None
+    if output.requires_grad and snapshot.length > snapshot.new:
+        output.register_hook(_no_gradient)
     valid = _valid(attention_mask, snapshot)
     layer.absorb(query, valid, scale, kwargs.get("softcap"))
     return output, weights
+
+
+def _no_gradient(_: Tensor) -> Tensor:
+    raise UnsupportedError(
+        "no gradient flows into the past of a compressed cache; run the whole text in one forward"
+        " pass, or without a cache (use_cache=False)."
+    )
 
 
 def _check(

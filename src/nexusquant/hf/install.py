@@ -103,6 +103,11 @@ class Lease:
         """The model, while it exists."""
         return self._model()
 
+    def __reduce__(self) -> Any:
+        raise UnsupportedError(
+            "a compressed cache belongs to a live model and cannot be pickled; copy.deepcopy works."
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease | None:
         return Lease(self.model) if self.model is not None else None
 

@@ -102,10 +102,16 @@ class CompactLayer(CacheLayerMixin):
             )
         note_update(self, self.lease.model if self.lease is not None else None)
         first_column = self.first_visible
-        new = key_states.detach(), value_states.detach()
+        new = key_states, value_states
         if self.tail_keys is not None and self.tail_values is not None:
+            if self.tail_keys.shape[:2] != key_states.shape[:2]:
+                held, given = tuple(self.tail_keys.shape[:2]), tuple(key_states.shape[:2])
+                raise UnsupportedError(
+                    f"layer {self.layer_idx} holds (batch, KV heads) {held} but was given {given};"
+                    " start a new cache, or select or repeat rows of this one first."
+                )
             new = torch.cat([self.tail_keys, new[0]], -2), torch.cat([self.tail_values, new[1]], -2)
-        self.tail_keys, self.tail_values = new
+        self.tail_keys, self.tail_values = new[0].detach(), new[1].detach()
         self.length += key_states.shape[-2]
         snapshot = Snapshot(
             self, self.stored, *new, self.tail_start, key_states.shape[-2], first_column

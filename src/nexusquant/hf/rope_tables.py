@@ -92,7 +92,7 @@ class RopeBook:
 
     def __init__(self) -> None:
         self.tables: list[RopeTable] = []
-        self.sources: list[int] = []  # id of the cos tensor last recorded, per table
+        self.sources: list[weakref.ref[Tensor]] = []  # cos tensor last recorded, per table
 
     def record(
         self,
@@ -122,7 +122,7 @@ class RopeBook:
             if past:
                 return None
             for table, source in zip(self.tables, self.sources, strict=True):
-                if source == id(call.cos) and table.length == past + new:
+                if source() is call.cos and table.length == past + new:
                     return LayerRope(table, owner=False)
             apply = ModelRope.of(module)
             if apply is None:
@@ -132,10 +132,10 @@ class RopeBook:
             if not _invertible(rope, head_dim):
                 return None
             self.tables.append(rope.table)
-            self.sources.append(id(call.cos))
+            self.sources.append(weakref.ref(call.cos))
         elif rope.owner:
             self._extend(rope, call, past, candidates)
-            self.sources[self.tables.index(rope.table)] = id(call.cos)
+            self.sources[self.tables.index(rope.table)] = weakref.ref(call.cos)
         return rope
 
     @staticmethod

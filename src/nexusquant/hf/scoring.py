@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from nexusquant.hf.cache import plain_cache, text_config
 
 CHUNK = 256
-_WHOLE_CALL = ("output_hidden_states", "output_attentions", "logits_to_keep", "inputs_embeds")
+_WHOLE_CALL = ("inputs_embeds", "output_hidden_states", "output_attentions", "logits_to_keep")
+_LOSS = ("num_items_in_batch", "ignore_index")
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Scoring:
 
     logits: list[Tensor]
     labels: Tensor
+    loss_arguments: dict[str, Any]
 
 
 def chunk_length(tokens: int, residual_length: int) -> int:
@@ -32,18 +34,24 @@ def chunk_length(tokens: int, residual_length: int) -> int:
     return max(residual_length, min(CHUNK, -(-tokens // 4)))
 
 
-def splittable(kwargs: dict[str, Any], residual_length: int) -> bool:
-    """Whether a forward call with these arguments is a scoring call we can split."""
-    ids = kwargs.get("input_ids")
-    return (
-        kwargs.get("labels") is not None
-        and ids is not None
-        and kwargs.get("past_key_values") is None
-        and kwargs.get("use_cache") is not False
-        and not any(kwargs.get(name) for name in _WHOLE_CALL if name != "inputs_embeds")
-        and kwargs.get("inputs_embeds") is None
-        and ids.shape[1] > chunk_length(ids.shape[1], residual_length)
-    )
+def obstacle(model: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why a call with labels cannot be split, None if it can."""
+    if model.get_output_embeddings() is None:
+        return f"{type(model).__name__} is no causal language model"
+    if kwargs.get("use_cache") is False:
+        return "use_cache=False"
+    given = [name for name in (*_WHOLE_CALL, "past_key_values") if _given(kwargs.get(name))]
+    return ", ".join(given) or ("no input_ids" if kwargs.get("input_ids") is None else None)
+
+
+def _given(value: Any) -> bool:
+    return value is not None and value is not False and not (isinstance(value, int) and value == 0)
+
+
+def too_short(kwargs: dict[str, Any], residual_length: int) -> bool:
+    """Whether nothing would be compressed before the last token."""
+    tokens = kwargs["input_ids"].shape[1]
+    return bool(tokens <= chunk_length(tokens, residual_length))
 
 
 @torch.no_grad()
@@ -53,6 +61,7 @@ def run_chunks(
     """Run all chunks but the last; returns the state and the arguments of the last chunk."""
     kwargs = dict(kwargs)
     labels, ids = kwargs.pop("labels"), kwargs["input_ids"]
+    loss_arguments = {name: kwargs.pop(name) for name in _LOSS if name in kwargs}
     tokens = ids.shape[1]
     step = chunk_length(tokens, residual_length)
     kwargs["past_key_values"] = plain_cache(model)
@@ -60,8 +69,11 @@ def run_chunks(
 
     def part(begin: int, stop: int) -> dict[str, Any]:
         mine = dict(kwargs, input_ids=ids[:, begin:stop])
-        if kwargs.get("attention_mask") is not None:
-            mine["attention_mask"] = kwargs["attention_mask"][:, :stop]
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            mine["attention_mask"] = (
+                mask[:, :stop] if mask.ndim == 2 else mask[..., begin:stop, :stop]
+            )
         if kwargs.get("position_ids") is not None:
             mine["position_ids"] = kwargs["position_ids"][:, begin:stop]
         return mine
@@ -71,7 +83,7 @@ def run_chunks(
     for begin in starts[:-1]:
         output = model(**dict(part(begin, begin + step), return_dict=True))
         logits.append(output.logits)
-    return Scoring(logits, labels), part(starts[-1], tokens)
+    return Scoring(logits, labels, loss_arguments), part(starts[-1], tokens)
 
 
 @torch.no_grad()
@@ -80,8 +92,10 @@ def join(model: Any, scoring: Scoring, output: Any) -> Any:
     whole = isinstance(output, tuple)
     last = output[0] if whole else output.logits
     logits = torch.cat([*scoring.logits, last], 1)
-    vocab = text_config(model).vocab_size
-    loss = model.loss_function(logits=logits, labels=scoring.labels, vocab_size=vocab)
+    loss = model.loss_function(
+        logits=logits, labels=scoring.labels, vocab_size=text_config(model).vocab_size,
+        **scoring.loss_arguments,
+    )  # fmt: skip
     if whole:
         return (loss, logits, *output[1:])
     output.logits, output.loss = logits, loss
