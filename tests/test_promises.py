@@ -95,3 +95,23 @@ def test_low_level_codec_is_right_for_batches():
         alone = codec.decode(codec.encode(keys[row : row + 1], values[row : row + 1]))
         for whole, single in zip(decoded, alone, strict=True):
             assert torch.allclose(whole[row : row + 1], single, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("quality", "ratio"), [("lossless", 6.5), ("high", 10), ("balanced", 16), ("max", 32)]
+)
+def test_preset_ratios_at_1536_tokens(quality, ratio):
+    keys, values = torch.randn(1, 2, 1536, 64), torch.randn(1, 2, 1536, 64)
+    assert NexusQuantSimple(quality).encode(keys, values).compression_ratio >= ratio
+
+
+def test_presets_clip_outliers_less_than_gaussian_optimal_levels():
+    """Coordinates of real caches have heavy tails; Laplace stands in for them (docs/results)."""
+    uniform = torch.rand(1, 1, 4000, 64) - 0.5
+    keys = -uniform.sign() * torch.log1p(-2 * uniform.abs())
+    error = {}
+    for name, overrides in (("preset", {}), ("optimal", {"overload": 1.0})):
+        codec = NexusQuantSimple("lossless", key_bits=2, transform="identity", **overrides)
+        decoded = codec.decode(codec.encode(keys, keys))[0]
+        error[name] = (decoded - keys).square().mean().item()
+    assert error["preset"] < 0.97 * error["optimal"]

@@ -154,6 +154,12 @@ class NexusCache(DynamicCache):
         """What is shared between sequences: nothing yet."""
         return None
 
+    def activate_past_recording(self) -> None:
+        """Compress only after `crop` said which tokens stay (early 5.x lacks this on caches)."""
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
     def stats(self) -> CacheStats:
         """Everything measured at once."""
         return cache_stats(self)
