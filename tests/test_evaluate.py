@@ -66,3 +66,16 @@ def test_texts_that_are_all_too_short_are_refused(model):
 
     with pytest.raises(ConfigError, match="none of the 2 texts"):
         evaluate.domain_test(model, Tokenizer(), ["short", "also short"])
+
+
+def test_decoding_measures_the_tail(model, input_ids):
+    plain = evaluate.decoding(model, input_ids, 190, None)
+    ours = evaluate.decoding(model, input_ids, 190, "balanced")
+    assert plain.after_steps.compression_ratio == 0.5
+    assert ours.after_prefill.tokens == 190
+    assert ours.after_steps.tokens == 200
+    assert ours.after_prefill.compression_ratio > ours.after_steps.compression_ratio
+    assert ours.prefill_seconds > 0
+    assert ours.step_seconds > 0
+    with pytest.raises(ConfigError, match="at least 1 tokens behind"):
+        evaluate.decoding(model, input_ids, 200, None)

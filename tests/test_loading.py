@@ -158,7 +158,7 @@ def test_gguf_needs_its_extra(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) 
 
     real = importlib.util.find_spec
     monkeypatch.setattr(loading.importlib.util, "find_spec", find_spec)
-    with pytest.raises(LoadError, match=r"package gguf: pip install 'nexusquant\[gguf\]'"):
+    with pytest.raises(LoadError, match=r"package gguf: pip install gguf accelerate"):
         load_model(gguf_file)
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from nexusquant.accounting import CacheStats
@@ -49,31 +49,6 @@ class Divergence:
         return math.expm1(self.loss - self.full_loss)
 
 
-def divergence_table(results: Sequence[tuple[str, str, Divergence]], title: str) -> Table:
-    """A table of (preset, text, divergence) rows, with the mean per preset where texts differ."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("quality")
-    table.add_column("text")
-    for name in ("bits", "ratio", "KL", "dPPL %", "top-1"):
-        table.add_column(name, justify="right")
-
-    def row(preset: str, text: str, group: Sequence[Divergence]) -> None:
-        bits = mean(r.stats.bits_per_element for r in group)
-        change = math.expm1(mean(r.loss - r.full_loss for r in group))
-        table.add_row(
-            preset, text, f"{bits:.3f}", f"{16 / bits:.2f}", f"{mean(r.kl for r in group):.4f}",
-            f"{100 * change:+.2f}", f"{mean(r.top1 for r in group):.3f}",
-        )  # fmt: skip
-
-    for preset in dict.fromkeys(name for name, _, _ in results):
-        mine = [(text, result) for name, text, result in results if name == preset]
-        for text, result in mine:
-            row(preset, text, [result])
-        if len(mine) > 1:
-            row(preset, "mean", [result for _, result in mine])
-    return table
-
-
 @torch.no_grad()
 def divergence(
     model: Any, input_ids: Tensor, prefix: int, quality: Quality = "balanced", **overrides: Any
@@ -93,11 +68,7 @@ def divergence(
         >>> result.kl >= 0 and result.stats.compression_ratio > 1
         True
     """
-    if input_ids.ndim != 2 or len(input_ids) != 1 or not 0 < prefix <= input_ids.shape[1] - 2:
-        raise ConfigError(
-            f"need input_ids of one row with at least two tokens behind the prefix of {prefix};"
-            f" got shape {tuple(input_ids.shape)}."
-        )
+    _check_prefix(input_ids, prefix, 2)
     full, _ = _continue(model, input_ids, prefix, plain_cache(model))
     cache = NexusCache(model, quality, **overrides)
     compressed, stats = _continue(model, input_ids, prefix, cache)
@@ -117,6 +88,66 @@ def _continue(model: Any, input_ids: Tensor, prefix: int, cache: Any) -> tuple[T
     stats = cache_stats(cache)
     logits = model(input_ids[:, prefix:], past_key_values=cache, use_cache=True).logits[0]
     return torch.log_softmax(logits.float(), -1), stats
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Time and size while tokens are fed one by one behind a prefix.
+
+    Attributes:
+        prefill_seconds: for the prefix.
+        step_seconds: median over the further tokens.
+        after_prefill, after_steps: measured size of the cache at either point; decoded tokens wait
+            uncoded until a block of them is compressed.
+    """
+
+    prefill_seconds: float
+    step_seconds: float
+    after_prefill: CacheStats
+    after_steps: CacheStats
+
+
+@torch.no_grad()
+def decoding(
+    model: Any, input_ids: Tensor, prefix: int, quality: Quality | None, **overrides: Any
+) -> Decoding:
+    """Prefill `prefix` tokens of `input_ids` (1, tokens), then feed the rest one by one.
+
+    Args:
+        quality: None for the uncompressed cache, as the baseline.
+
+    Raises:
+        ConfigError: no token behind the prefix, or more than one row.
+
+    Example:
+        >>> from nexusquant import evaluate
+        >>> result = evaluate.decoding(model, input_ids[:, :64], 60, "max")
+        >>> result.after_steps.tokens
+        64
+    """
+    _check_prefix(input_ids, prefix, 1)
+    cache: Any = plain_cache(model) if quality is None else NexusCache(model, quality, **overrides)
+    prefill = _timed(model, input_ids[:, :prefix], cache)
+    after_prefill = cache_stats(cache)
+    tokens = input_ids[:, prefix:].split(1, dim=1)
+    steps = [_timed(model, token, cache) for token in tokens]
+    return Decoding(prefill, median(steps), after_prefill, cache_stats(cache))
+
+
+def _timed(model: Any, input_ids: Tensor, cache: Any) -> float:
+    start = time.perf_counter()
+    model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if input_ids.is_cuda:
+        torch.cuda.synchronize(input_ids.device)
+    return time.perf_counter() - start
+
+
+def _check_prefix(input_ids: Tensor, prefix: int, behind: int) -> None:
+    if input_ids.ndim != 2 or len(input_ids) != 1 or not 0 < prefix <= input_ids.shape[1] - behind:
+        raise ConfigError(
+            f"need input_ids of one row with at least {behind} tokens behind the prefix of"
+            f" {prefix}; got shape {tuple(input_ids.shape)}."
+        )
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def _need_gguf() -> None:
     if missing:
         raise LoadError(
             f"reading a .gguf file needs the package {' and '.join(missing)}: "
-            "pip install 'nexusquant[gguf]'"
+            "pip install gguf accelerate"
         )
 
 

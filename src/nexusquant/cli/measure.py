@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from nexusquant.cli.common import Device, Dtype, Model, folder, read
 from nexusquant.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nexusquant.config import CompressionConfig
 
 
 def evaluate(
@@ -20,6 +23,9 @@ def evaluate(
     quality: Annotated[list[str] | None, typer.Option(help="Preset; repeatable.")] = None,
     prefix: Annotated[int, typer.Option(min=1, help="Tokens that are compressed.")] = 1536,
     continuation: Annotated[int, typer.Option(min=2, help="Tokens scored behind them.")] = 512,
+    decode: Annotated[
+        int, typer.Option(min=0, help="Also feed this many tokens one by one: time and ratio.")
+    ] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -28,19 +34,22 @@ def evaluate(
     Without --text the text is the Python language reference that every Python carries.
     """
     from nexusquant import demo as lab
+    from nexusquant.cli.tables import decoding_table, divergence_table
     from nexusquant.config import resolve_config
-    from nexusquant.evaluate import DEFAULT_PRESETS, divergence, divergence_table
+    from nexusquant.evaluate import DEFAULT_PRESETS, decoding, divergence
     from nexusquant.loading import load_model
     from nexusquant.progress import progress_steps, quiet_transformers
 
     presets = quality or list(DEFAULT_PRESETS)
     configs = {name: resolve_config(name) for name in presets}
+    if decode > continuation:
+        raise ConfigError(f"--decode {decode}: at most --continuation {continuation}.")
     texts = {str(path): read(path) for path in text or []} or {
         "language reference": lab.demo_text()
     }
     with quiet_transformers(), progress_steps() as progress:
         network, tokenizer = load_model(folder(model, progress), dtype, device)
-        results = []
+        results, decoded = [], []
         for name, content in texts.items():
             ids = tokenizer(content, return_tensors="pt").input_ids[:, : prefix + continuation]
             if ids.shape[1] < prefix + continuation:
@@ -52,8 +61,16 @@ def evaluate(
                 progress.step(f"{name}: {preset}")
                 result = divergence(network, ids.to(network.device), prefix, config)
                 results.append((preset, name, result))
+        baseline: dict[str, CompressionConfig | None] = {"uncompressed": None}
+        for name, config_or_none in (baseline | configs).items() if decode else ():
+            progress.step(f"decoding: {name}")
+            steps = ids[:, : prefix + decode].to(network.device)
+            decoded.append((name, decoding(network, steps, prefix, config_or_none)))
     title = f"{model}, {prefix} tokens compressed, {continuation} scored"
     Console().print(divergence_table(results, title))
+    if decoded:
+        title = f"{model}, {decode} tokens one by one behind {prefix}"
+        Console().print(decoding_table(decoded, title))
 
 
 def presets() -> None:
