@@ -33,6 +33,11 @@ def storage_bytes(*things: Any) -> int:
     return sum(storages.values())
 
 
+def owned(x: torch.Tensor) -> torch.Tensor:
+    """x in storage of its own: fused projections hand out views of queries, keys and values."""
+    return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
+
+
 @dataclass(frozen=True)
 class CacheStats:
     """Size of one cache. All figures come from allocated storage.

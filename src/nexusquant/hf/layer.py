@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from nexusquant.accounting import storage_bytes
+from nexusquant.accounting import owned
 from nexusquant.compressor import Chunk, Stored, compress
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import UnsupportedError
@@ -22,11 +22,6 @@ from nexusquant.math.e8 import GROUP
 from nexusquant.math.rope import Frequencies, KeyFrame
 
 _STATE = ("stored", "tail_keys", "tail_values", "length", "deferred", "rope")
-
-
-def _owned(x: Tensor) -> Tensor:
-    """x in storage of its own: fused projections hand out views of queries, keys and values."""
-    return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
 
 
 class CompactLayer(CacheLayerMixin):
@@ -212,7 +207,7 @@ class CompactLayer(CacheLayerMixin):
         if self.tail_keys is None or self.tail_values is None:
             return
         if self.exact or self.tail_keys.shape[2] < self.config.residual_length:
-            self.tail_keys, self.tail_values = _owned(self.tail_keys), _owned(self.tail_values)
+            self.tail_keys, self.tail_values = owned(self.tail_keys), owned(self.tail_values)
             return
         chunk = Chunk(
             self.tail_keys, self.tail_values, self.tail_start, valid,
@@ -237,11 +232,6 @@ class CompactLayer(CacheLayerMixin):
         """Everything that holds storage, for accounting."""
         spans = self.rope.table.spans if self.rope else None
         return [self.stored, self.tail_keys, self.tail_values, spans, self.deferred]
-
-    @property
-    def nbytes(self) -> int:
-        """Allocated bytes of this layer (shared rotary rows included)."""
-        return storage_bytes(*self.tensors())
 
     # -- batch operations, rollback, offload
 
