@@ -146,7 +146,7 @@ def select(scores: Tensor | None = None, **changes: object) -> Selection:
         "per_head": True,
         "device": "cpu",
     }
-    return select_tokens(scores, **(arguments | changes))  # type: ignore[arg-type]
+    return select_tokens(scores, **(arguments | changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -173,7 +173,7 @@ def test_encoding_does_not_touch_or_keep_the_source() -> None:
     assert torch.equal(keys, before[0])
     assert torch.equal(values, before[1])
     parts = list(packed.stored.parts())
-    assert all(not part.keys.requires_grad for part in parts)  # type: ignore[union-attr]
+    assert all(not part.keys.requires_grad for part in parts)
     with torch.no_grad():
         keys.zero_()
     assert torch.equal(codec.decode(packed)[0], before[0])

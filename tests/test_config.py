@@ -112,7 +112,7 @@ def test_names_come_with_what_is_allowed() -> None:
         ("levels", LEVELS),
     ):
         with pytest.raises(ConfigError, match="one of " + ", ".join(allowed)):
-            CompressionConfig(**{name: "nonsense"})  # type: ignore[arg-type]
+            CompressionConfig(**{name: "nonsense"})
 
 
 def test_replace_makes_a_copy() -> None:
@@ -122,7 +122,7 @@ def test_replace_makes_a_copy() -> None:
     with pytest.raises(ConfigError, match=r"unknown setting depth, size; known: .*value_bits"):
         config.replace(size=1, depth=2, sinks=3)
     with pytest.raises(FrozenInstanceError):
-        config.sinks = 3  # type: ignore[misc]
+        config.sinks = 3
 
 
 def test_presets() -> None:

@@ -20,7 +20,7 @@ LARGEST_MSE = {2: 0.098, 3: 0.027, 4: 0.0072}  # of the companded code on unit G
 
 
 def quantizer(heads: int = 2, dim: int = 64, bits: float = 2, **settings: object) -> Quantizer:
-    return Quantizer(uniform_layout(heads, dim, bits), **settings)  # type: ignore[arg-type]
+    return Quantizer(uniform_layout(heads, dim, bits), **settings)
 
 
 def zero_mean(x: Tensor) -> Tensor:

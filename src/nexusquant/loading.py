@@ -191,6 +191,7 @@ def _place(model: PreTrainedModel, device: str) -> PreTrainedModel:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model.to(torch.device(device))
+    # Unknown device, torch built without CUDA, and meta tensors raise one each.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         detail = str(error).strip().splitlines()[0]
         raise LoadError(f"device {device!r} cannot be used: {detail}") from error

@@ -115,3 +115,15 @@ def assert_same_run(ours: Any, stock: Any, tolerance: float = LOGIT_TOLERANCE) -
     """Equal token for token, logits within `tolerance`."""
     assert torch.equal(ours.sequences, stock.sequences)
     torch.testing.assert_close(step_logits(ours), step_logits(stock), rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def feed(model: Any, cache: Any, ids: Tensor, step: int, mask: Tensor | None = None) -> Tensor:
+    """Prefill by hand; logits of all tokens."""
+    parts = []
+    for begin in range(0, ids.shape[1], step):
+        stop = begin + step
+        seen = None if mask is None else mask[:, :stop]
+        out = model(ids[:, begin:stop], attention_mask=seen, past_key_values=cache)
+        parts.append(out.logits)
+    return torch.cat(parts, 1)

@@ -115,6 +115,7 @@ class KVHandle(torch.Tensor):
     snapshot: Snapshot
     which: int
 
+    # The documented way to leave everything to __torch_dispatch__; torch's stub has a method here.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -130,6 +131,7 @@ class KVHandle(torch.Tensor):
     def __init__(self, *_: Any) -> None:
         super().__init__()
 
+    # torch passes tensor_contents, which says nothing about a tensor without contents.
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"KVHandle({'KV'[self.which]}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
