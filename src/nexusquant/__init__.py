@@ -5,9 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nexusquant import evaluate
+    from nexusquant.calibration import calibrate
     from nexusquant.codec import NexusQuantSimple
     from nexusquant.config import PRESETS, CompressionConfig
-    from nexusquant.errors import ConfigError, NexusQuantError, NonFiniteError, UnsupportedError
+    from nexusquant.errors import (
+        ConfigError,
+        NexusQuantError,
+        NonFiniteError,
+        ProfileError,
+        UnsupportedError,
+    )
     from nexusquant.hf.cache import NexusCache
     from nexusquant.hf.context import nexusquant_evict
 
@@ -21,8 +28,10 @@ __all__ = [
     "NexusQuantError",
     "NexusQuantSimple",
     "NonFiniteError",
+    "ProfileError",
     "UnsupportedError",
     "__version__",
+    "calibrate",
     "evaluate",
     "nexusquant_evict",
 ]
@@ -35,7 +44,9 @@ _HOMES = {
     "NexusQuantError": "errors",
     "NexusQuantSimple": "codec",
     "NonFiniteError": "errors",
+    "ProfileError": "errors",
     "UnsupportedError": "errors",
+    "calibrate": "calibration",
     "nexusquant_evict": "hf.context",
 }
 

@@ -1,23 +1,51 @@
-"""Bits per 8-dimension group. Uniform rates here: all a Hadamard frame can use."""
+"""Bits per 8-dimension group: reverse water-filling over the measured distortion of our codes.
+
+Every group has a cost: what unit noise in it does to the attention output. Bits go, one at a time,
+where they lower cost x distortion most per stored bit (Shoham & Gersho 1988, "Efficient bit
+allocation for an arbitrary set of quantizers"). The distortions are convex in the rate, so the
+greedy order is optimal.
+"""
 
 from __future__ import annotations
 
-import math
+import torch
+from torch import Tensor
 
 from nexusquant.errors import UnsupportedError
-from nexusquant.layout import RowLayout
-from nexusquant.math.e8 import GROUP
+from nexusquant.math.e8 import DISTORTION, GROUP
+
+MAX_BITS = len(DISTORTION) - 1
 
 
-def uniform_layout(heads: int, dim: int, bits: float) -> RowLayout:
-    """Every head alike; a fractional rate gives the first groups one bit more than the rest.
+def allocate(costs: Tensor, shares: Tensor, bits: float) -> Tensor:
+    """Rates that spend `bits` per dimension on average where they save most.
+
+    Args:
+        costs: (tiers, ...) >= 0, cost of a group at rate 0.
+        shares: (tiers,) fraction of the tokens stored in each tier.
+        bits: mean rate, over groups and (weighted by their shares) tiers.
+
+    Returns:
+        Rates of the shape of `costs`, int64. Ties go to the lower index, so the result is
+        deterministic; the budget is met up to one group's bit.
+    """
+    gains = -torch.tensor(DISTORTION, dtype=torch.float64).diff()
+    value = costs.double().cpu().clamp(min=1e-300)[..., None] * gains
+    price = shares.double().cpu().view(-1, *[1] * (costs.ndim - 1)).expand(costs.shape)
+    order = value.flatten().argsort(descending=True, stable=True)
+    spent = price[..., None].expand(value.shape).flatten()[order].cumsum(0)
+    budget = bits * float(price.sum()) * (1 + 1e-9)
+    taken = torch.zeros(value.numel(), dtype=torch.int64)
+    taken[order] = (spent <= budget).long()
+    return taken.view(value.shape).sum(-1)
+
+
+def uniform_costs(heads: int, dim: int) -> Tensor:
+    """(heads, groups): all heads alike, and groups but for the order in which they get bits.
 
     Raises:
         UnsupportedError: `dim` is not a multiple of 8.
     """
     if dim % GROUP:
         raise UnsupportedError(f"head_dim {dim} is not a multiple of {GROUP}.")
-    groups = dim // GROUP
-    low = math.floor(bits)
-    more = round((bits - low) * groups)
-    return RowLayout(((low + 1,) * more + (low,) * (groups - more),) * heads)
+    return (1 - 1e-6 * torch.arange(dim // GROUP, dtype=torch.float64)).expand(heads, -1)

@@ -147,8 +147,7 @@ def _attend_part(
     assert isinstance(output, Tensor)
     output = output / total.clamp(min=1e-38)
     if isinstance(part, CodedTokens):  # values were left in transform space: undo it once
-        quantizer = part.value_quantizer
-        output = output @ quantizer.matrix(output.device) + part.value_mean.float()
+        output = part.value_quantizer.leave(output, part.value_centre)
     lse = torch.where(total > 0, top + total.clamp(min=1e-38).log(), _MASKED)
     return Partial(*(t.unflatten(2, (group, q_len)) for t in (output, lse)))
 
@@ -165,9 +164,5 @@ def _blocks(
         if isinstance(part, ExactTokens):
             yield part.keys[:, :, block].float(), part.values[:, :, block].float(), at
         else:
-            keys = part.key_quantizer.decode(part.keys.part(block), part.key_mean)
-            yield (
-                frame.leave(keys, at),
-                part.value_quantizer.coordinates(part.values.part(block)),
-                at,
-            )
+            tokens = part.part(block)
+            yield frame.leave(tokens.keys(), at), tokens.value_coordinates(), at

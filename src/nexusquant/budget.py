@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,6 +97,30 @@ def select_tokens(
     chosen = torch.zeros_like(priority, dtype=torch.bool)
     chosen.scatter_(-1, best, wanted[:, None].to(device).expand(best.shape))
     return Selection(sink_indices, _pack(chosen))
+
+
+def split_tiers(scores: Tensor, kept: Tensor, shares: Sequence[float]) -> list[Tensor]:
+    """Entries of `kept` by importance: the first share of them with the best scores, and so on.
+
+    Args:
+        scores: (batch, kv_heads, tokens).
+        kept: (batch, heads or 1, n) indices, -1 where empty; one head means the mean score.
+        shares: fraction of each tier, adding up to 1.
+
+    Returns:
+        Per tier (batch, heads or 1, n_tier) indices into the n entries, ascending; rows with fewer
+        end in -1.
+    """
+    if kept.shape[1] == 1:
+        scores = scores.mean(1, keepdim=True)
+    empty = kept < 0
+    own = scores.float().gather(-1, kept.clamp(min=0)).masked_fill(empty, -torch.inf)
+    rank = own.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    filled = (~empty).sum(-1, keepdim=True)
+    bounds = [(filled * min(sum(shares[: i + 1]), 1.0)).round() for i in range(len(shares) - 1)]
+    tier = sum((rank >= bound).long() for bound in bounds) if bounds else torch.zeros_like(rank)
+    assert isinstance(tier, Tensor)
+    return [_pack((tier == i) & ~empty) for i in range(len(shares))]
 
 
 def _pack(mask: Tensor) -> Tensor:

@@ -117,8 +117,7 @@ class NexusQuantSimple:
         out: list[Tensor] = []
         for part in packed.stored.parts():
             if isinstance(part, CodedTokens):
-                keys = part.key_quantizer.decode(part.keys, part.key_mean)
-                values = part.value_quantizer.decode(part.values, part.value_mean)
+                keys, values = part.keys(), part.values()
             else:
                 keys, values = part.keys, part.values
             where = part.slots.positions(part.device)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nexusquant.allocation import uniform_layout
-from nexusquant.budget import Selection, select_tokens
+from nexusquant.budget import Selection, select_tokens, split_tiers
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import NonFiniteError
 from nexusquant.math.rope import KeyFrame
-from nexusquant.quantizer import Quantizer
+from nexusquant.plan import Coding, plan_coding
+from nexusquant.profile import Profile
 from nexusquant.scorers import ScoreInputs, get_scorer
-from nexusquant.tokens import BatchFn, CodedTokens, ExactTokens, Slots, gather_tokens
+from nexusquant.slots import BatchFn, Slots
+from nexusquant.tokens import CodedTokens, ExactTokens, gather_tokens
 
 _WORTH_A_COPY = 32
 
@@ -47,27 +49,37 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Stored:
-    """The compressed past of one layer: uncoded sinks, then the body. Immutable."""
+    """The compressed past of one layer. Immutable.
+
+    Attributes:
+        sinks: first tokens, uncoded.
+        body: everything else: tiers of codes, most important first, or one set of uncoded tokens.
+    """
 
     sinks: ExactTokens | None = None
-    body: CodedTokens | ExactTokens | None = None
+    body: tuple[CodedTokens, ...] | tuple[ExactTokens, ...] = ()
 
     def parts(self) -> Iterator[CodedTokens | ExactTokens]:
-        """What there is, oldest first."""
-        yield from (part for part in (self.sinks, self.body) if part is not None)
+        """What holds tokens."""
+        if self.sinks is not None:
+            yield self.sinks
+        yield from (part for part in self.body if part.slots.count)
 
     def map(self, fn: BatchFn) -> Stored:
         """Apply a batch operation to everything stored."""
-        return Stored(self.sinks and self.sinks.map(fn), self.body and self.body.map(fn))
+        return self._with_body([part.map(fn) for part in self.body], self.sinks and self.sinks.map(fn))
 
     def drop_before(self, slot: int) -> Stored:
         """Without the tokens before `slot`, once enough of them are worth a copy."""
-        if self.body is None:
-            return self
-        count = self.body.slots.leading_before(slot)
-        if count == self.body.slots.count:
-            return replace(self, body=None)
-        return self if count < _WORTH_A_COPY else replace(self, body=self.body.drop(count))
+        body = []
+        for part in self.body:
+            count = part.slots.leading_before(slot)
+            worth = count >= _WORTH_A_COPY or count == part.slots.count
+            body.append(part.drop(count) if count and worth else part)
+        return self._with_body(body, self.sinks)
+
+    def _with_body(self, body: list[Any], sinks: ExactTokens | None) -> Stored:
+        return Stored(sinks, tuple(body))
 
     @property
     def count(self) -> int:
@@ -92,24 +104,34 @@ class _QueryRope:
 
 
 def compress(
-    config: CompressionConfig, past: Stored, chunk: Chunk, frame: KeyFrame | None = None
+    config: CompressionConfig,
+    past: Stored,
+    chunk: Chunk,
+    frame: KeyFrame | None = None,
+    profile: Profile | None = None,
 ) -> Stored:
     """`past` with the chunk's kept tokens appended.
 
     Args:
         frame: coordinates for coding keys; None leaves them as they are (also what a
             `CodedTokens` past of the same layer must have been coded with).
+        profile: of the model, if it knows this layer; what a past was coded with stays in force.
 
     Raises:
         NonFiniteError: NaN or infinity among the tokens to keep, or in their scores.
     """
     frame = frame or KeyFrame(None, 0)
     try:
-        kept = _select(config, past, chunk, frame)
+        scores = _scores(config, past, chunk, frame)
+        kept = _select(config, past, chunk, scores)
         sinks = _sinks(config, chunk, kept.sinks) if kept.sinks.shape[-1] else past.sinks
         if not kept.kept.shape[-1]:
             return replace(past, sinks=sinks)
-        return Stored(sinks, _encode(config, past.body, chunk, kept.kept, frame))
+        if config.codec == "exact":
+            new = _exact(chunk, kept.kept, chunk.keys.dtype)
+            old = past.body[0] if past.body else None
+            return Stored(sinks, (old.append(new) if isinstance(old, ExactTokens) else new,))
+        return Stored(sinks, _encode(config, past, chunk, kept.kept, scores, frame, profile))
     except NonFiniteError as error:
         stop = chunk.start + chunk.keys.shape[2]
         where = f"layer {chunk.layer_idx}, tokens {chunk.start} to {stop - 1}"
@@ -133,65 +155,82 @@ def _exact(chunk: Chunk, index: Tensor, dtype: torch.dtype) -> ExactTokens:
     return tokens
 
 
-def _select(config: CompressionConfig, past: Stored, chunk: Chunk, frame: KeyFrame) -> Selection:
+def _scores(
+    config: CompressionConfig, past: Stored, chunk: Chunk, frame: KeyFrame
+) -> Tensor | None:
+    """Importance (batch, kv_heads, tokens), if anything depends on it."""
+    wanted = config.evict_ratio or (config.codec == "e8" and config.tiers)
+    if chunk.queries is None or not wanted:
+        return None
+    last = chunk.start + chunk.keys.shape[2] - 1
+    rope = _QueryRope(frame, last, chunk.keys.shape[-1]) if frame.table else None
+    inputs = ScoreInputs(
+        chunk.queries, chunk.keys, chunk.values, chunk.valid, chunk.scaling, chunk.softcap,
+        _first_sinks(config, past), rope, config.seed, chunk.layer_idx,
+    )  # fmt: skip
+    return get_scorer(config.scorer).score(inputs)
+
+
+def _first_sinks(config: CompressionConfig, past: Stored) -> int:
+    return config.sinks if past.sinks is None and not past.body else 0
+
+
+def _select(
+    config: CompressionConfig, past: Stored, chunk: Chunk, scores: Tensor | None
+) -> Selection:
     """Which candidates become sinks and which are kept."""
     batch, heads, tokens, _ = chunk.keys.shape
-    first = past.sinks is None and past.body is None
-    sinks = config.sinks if first else 0
-    evict_ratio = config.evict_ratio if chunk.queries is not None else 0.0
-    scores = None
-    if evict_ratio and chunk.queries is not None:
-        last = chunk.start + tokens - 1
-        rope = _QueryRope(frame, last, chunk.keys.shape[-1]) if frame.table else None
-        inputs = ScoreInputs(
-            chunk.queries, chunk.keys, chunk.values, chunk.valid, chunk.scaling, chunk.softcap,
-            sinks, rope, config.seed, chunk.layer_idx,
-        )  # fmt: skip
-        scores = get_scorer(config.scorer).score(inputs)
     return select_tokens(
         scores, batch=batch, kv_heads=heads, tokens=tokens, valid=chunk.valid,
-        evict_ratio=evict_ratio, sinks=sinks, recent=config.recent, per_head=config.per_head,
+        evict_ratio=config.evict_ratio if chunk.queries is not None else 0.0,
+        sinks=_first_sinks(config, past), recent=config.recent, per_head=config.per_head,
         device=chunk.keys.device,
     )  # fmt: skip
 
 
 def _encode(
     config: CompressionConfig,
-    past: CodedTokens | ExactTokens | None,
+    past: Stored,
     chunk: Chunk,
     index: Tensor,
+    scores: Tensor | None,
     frame: KeyFrame,
-) -> CodedTokens | ExactTokens:
-    """The kept tokens behind `past`, in the config's codec."""
-    if config.codec == "exact":
-        new = _exact(chunk, index, chunk.keys.dtype)
-        return past.append(new) if isinstance(past, ExactTokens) else new
+    profile: Profile | None,
+) -> tuple[CodedTokens, ...]:
+    """The kept tokens behind the past ones, tier by tier."""
     empty = (index < 0)[..., None]
     slots = torch.where(index < 0, -1, index + chunk.start)
     keys = frame.enter(gather_tokens(chunk.keys, index), slots).masked_fill(empty, 0)
     values = gather_tokens(chunk.values, index).float().masked_fill(empty, 0)
-    if isinstance(past, CodedTokens):
-        key_mean, value_mean = past.key_mean, past.value_mean
-        key_quantizer, value_quantizer = past.key_quantizer, past.value_quantizer
+    old = [part for part in past.body if isinstance(part, CodedTokens)]
+    if old:
+        coding = Coding.of(old)
     else:
-        key_mean, value_mean = (_mean(x, empty) for x in (keys, values))
-        key_quantizer, value_quantizer = (
-            Quantizer(
-                uniform_layout(x.shape[1], x.shape[-1], bits), config.transform,
-                config.levels, config.overload,
-            )
-            for x, bits in ((keys, config.key_bits), (values, config.value_bits))
-        )  # fmt: skip
-    new_codes = CodedTokens(
-        key_quantizer.encode(keys, key_mean),
-        value_quantizer.encode(values, value_mean),
-        key_mean, value_mean, Slots.of(slots), key_quantizer, value_quantizer,
-    )  # fmt: skip
-    return past.append(new_codes) if isinstance(past, CodedTokens) else new_codes
+        coding = plan_coding(config, keys, values, empty, profile, chunk.layer_idx)
+    if scores is None:
+        members = _unscored(index, len(coding.tiers))
+    elif config.per_head:
+        members = split_tiers(scores, index.expand(-1, keys.shape[1], -1), config.tier_shares)
+    else:
+        members = split_tiers(scores, index, config.tier_shares)
+    new = [
+        CodedTokens.encode(
+            _fill(gather_tokens(keys, at), at), _fill(gather_tokens(values, at), at),
+            Slots.of(torch.where(at < 0, -1, slots.expand(-1, at.shape[1], -1).gather(2, at.clamp(min=0)))),
+            coding.centres, quantizers,
+        )
+        for at, quantizers in zip(members, coding.tiers, strict=True)
+    ]  # fmt: skip
+    return tuple(a.append(b) for a, b in zip(old, new, strict=True)) if old else tuple(new)
 
 
-def _mean(x: Tensor, empty: Tensor) -> Tensor:
-    """Mean over the filled entries of (batch, heads, n, dim), (batch, heads, 1, dim) fp16."""
-    filled = (~empty).sum(2, keepdim=True).clamp(min=1)
-    mean = x.sum(2, keepdim=True) / filled
-    return mean.half() if bool((mean.abs() < 65504).all()) else mean
+def _fill(x: Tensor, at: Tensor) -> Tensor:
+    return x.masked_fill((at < 0)[..., None], 0)
+
+
+def _unscored(index: Tensor, tiers: int) -> list[Tensor]:
+    """Nobody knows how important decoded tokens will be: the second tier of several is for them."""
+    everything = torch.arange(index.shape[-1], device=index.device).expand_as(index)
+    everything = torch.where(index < 0, -1, everything)
+    nothing = everything[..., :0]
+    return [everything if i == min(1, tiers - 1) else nothing for i in range(tiers)]

@@ -9,9 +9,10 @@ from typing import Any
 from nexusquant.errors import ConfigError
 
 CODECS = ("e8", "exact")
-TRANSFORMS = ("hadamard", "identity")
+TRANSFORMS = ("klt", "hadamard", "identity")
+ALLOCATIONS = ("joint", "split", "uniform")
 LEVELS = ("companded", "uniform")
-MIN_BITS, MAX_BITS = 2, 4
+MAX_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,22 @@ class CompressionConfig:
         sinks: first tokens of a sequence, always kept and stored uncoded.
         recent: last tokens of a chunk, never dropped (but coded).
         codec: "e8" (lattice codes) or "exact" (kept tokens stored as they are).
-        key_bits: mean bits per key element, 2 to 4; a fraction gives some 8-groups one bit more.
-        value_bits: the same for values.
-        transform: orthonormal transform before coding, "hadamard" or "identity".
+        key_bits, value_bits: mean bits per element of the kept tokens, above 0, at most 8.
+        allocation: who gets them. "joint": keys and values of all heads and layers draw on one
+            budget, by what noise there does to the attention output; "split": keys and values
+            apart; "uniform": all groups alike, also what happens without a profile.
+        tiers: shares of the kept tokens that get more bits than the rest, most important first;
+            () treats all tokens alike.
+        tier_bits: bits per element that a tier is worth more than the next one.
+        transform: coordinates to code in. "klt": the query-weighted Karhunen-Loeve transform of the
+            model's profile, Hadamard as long as there is no profile; "hadamard"; "identity".
         rope_page: keys are un-rotated to the start of their page of this many positions:
             1 removes RoPE altogether, 0 leaves it on.
         residual_length: the uncoded tail is compressed when it reaches this many tokens. Only
             forward passes over at least as many tokens evict; decoded tokens are only coded.
         levels: reconstruction levels of the lattice code, "companded" or "uniform".
-        overload: factor on the MSE-optimal code range; above 1 trades granular noise for fewer
-            clipped outliers.
+        overload: factor on the code's range; above 1 trades granular noise for fewer clipped
+            outliers. 1 is where the KL was lowest.
         seed: seed of the random scorer.
 
     Raises:
@@ -55,11 +62,14 @@ class CompressionConfig:
     codec: str = "e8"
     key_bits: float = 2
     value_bits: float = 2
-    transform: str = "hadamard"
-    rope_page: int = 1
+    allocation: str = "joint"
+    tiers: tuple[float, ...] = (0.12, 0.34)
+    tier_bits: float = 1.0
+    transform: str = "klt"
+    rope_page: int = 32
     residual_length: int = 32
     levels: str = "companded"
-    overload: float = 1.2
+    overload: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,6 +84,8 @@ class CompressionConfig:
             return isinstance(value, kinds) and not isinstance(value, bool)
 
         real = (int, float)
+        if isinstance(self.tiers, list):  # JSON has no tuples
+            object.__setattr__(self, "tiers", tuple(self.tiers))
         need(number("evict_ratio", real) and 0 <= self.evict_ratio < 1, "evict_ratio", "in [0, 1)")
         need(
             isinstance(self.scorer, str) and self.scorer in SCORERS,
@@ -84,15 +96,35 @@ class CompressionConfig:
         need(self.codec in CODECS, "codec", "one of " + ", ".join(CODECS))
         need(self.transform in TRANSFORMS, "transform", "one of " + ", ".join(TRANSFORMS))
         need(self.levels in LEVELS, "levels", "one of " + ", ".join(LEVELS))
+        need(self.allocation in ALLOCATIONS, "allocation", "one of " + ", ".join(ALLOCATIONS))
         for name in ("key_bits", "value_bits"):
-            ok = number(name, real) and MIN_BITS <= getattr(self, name) <= MAX_BITS
-            need(ok, name, f"a number from {MIN_BITS} to {MAX_BITS}")
+            ok = number(name, real) and 0 < getattr(self, name) <= MAX_BITS
+            need(ok, name, f"a number above 0, at most {MAX_BITS}")
+        shares = isinstance(self.tiers, tuple) and all(
+            isinstance(x, float) and 0 < x < 1 for x in self.tiers
+        )
+        need(
+            shares and len(self.tiers) < 8 and sum(self.tiers) < 1, "tiers",
+            "at most 7 fractions that leave something for the last tier",
+        )  # fmt: skip
+        need(number("tier_bits", real) and 0 <= self.tier_bits <= 4, "tier_bits", "from 0 to 4")
         for name in ("sinks", "recent", "rope_page", "seed"):
             need(number(name) and getattr(self, name) >= 0, name, "an integer of at least 0")
         need(
             number("residual_length") and self.residual_length >= 1, "residual_length", "at least 1"
         )
         need(number("overload", real) and 0.5 <= self.overload <= 4, "overload", "from 0.5 to 4")
+
+    @property
+    def tier_shares(self) -> tuple[float, ...]:
+        """Fraction of the kept tokens in every tier, adding up to 1."""
+        return (*self.tiers, 1 - sum(self.tiers))
+
+    @property
+    def tier_factors(self) -> tuple[float, ...]:
+        """What noise costs in every tier, relative to the last: one bit is a factor of 4."""
+        last = len(self.tiers)
+        return tuple(4.0 ** (self.tier_bits * (last - i)) for i in range(last + 1))
 
     def to_json(self) -> str:
         """The config as a JSON object, keys sorted."""
@@ -119,14 +151,14 @@ class CompressionConfig:
         return replace(self, **overrides)
 
 
-_HIGH = CompressionConfig(evict_ratio=0.35, key_bits=2.25)
-_MAX = CompressionConfig(evict_ratio=0.80)
+_HIGH = CompressionConfig(evict_ratio=0.2, key_bits=1.9, value_bits=1.9)
+_MAX = CompressionConfig(evict_ratio=0.70, key_bits=1.2, value_bits=1.2)
 
 PRESETS: dict[str, CompressionConfig] = {
-    "lossless": CompressionConfig(key_bits=2.5),
+    "lossless": CompressionConfig(key_bits=2.3, value_bits=2.3),
     "high": _HIGH,
     "conservative": _HIGH,
-    "balanced": CompressionConfig(evict_ratio=0.60),
+    "balanced": CompressionConfig(evict_ratio=0.50, key_bits=1.65, value_bits=1.65),
     "max": _MAX,
     "aggressive": _MAX,
 }

@@ -17,5 +17,9 @@ class NonFiniteError(NexusQuantError, ValueError):
     """NaN or infinity in keys, values or scores: compressing it would spread silently."""
 
 
+class ProfileError(NexusQuantError, ValueError):
+    """A profile that is damaged, missing its statistics, or not the model's."""
+
+
 class LoadError(NexusQuantError):
     """A model, tokenizer or file that could not be loaded."""

@@ -1,13 +1,14 @@
 """Row layout: where the code of every 8-dimension group lies in a token's row of bytes.
 
-Each head has a rate (bits per dimension, 0 = not stored) per group, not increasing from group to
-group: transforms order their dimensions by variance, and uniform rates are the special case. Groups
-follow each other, each taking as many bytes as its rate. All heads of a layer share the row length.
+A row holds one token of every head, head after head, group after group, each group taking as many
+bytes as its rate (bits per dimension). Rates differ by head and group; groups of rate 0 are not
+stored and heads need not be equally long.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,22 +18,11 @@ from nexusquant.math.e8 import BITS, GROUP, E8Code
 
 
 @dataclass(frozen=True)
-class Run:
-    """Consecutive groups of one rate: groups [group, group_stop) in bytes [byte, byte_stop)."""
-
-    bits: int
-    group: int
-    group_stop: int
-    byte: int
-    byte_stop: int
-
-
-@dataclass(frozen=True)
 class RowLayout:
     """Rates of one layer's keys or values, `rates[head][group]` in bits per dimension.
 
     Raises:
-        ConfigError: no heads, ragged rates, a rate without a code, or rates that increase.
+        ConfigError: no heads, ragged rates, or a rate without a code.
     """
 
     rates: tuple[tuple[int, ...], ...]
@@ -40,56 +30,60 @@ class RowLayout:
     def __post_init__(self) -> None:
         if not self.rates or len({len(head) for head in self.rates}) != 1:
             raise ConfigError(f"rates need one equally long tuple per head, got {self.rates}.")
-        for head in self.rates:
-            if any(b and b not in BITS for b in head) or list(head) != sorted(head, reverse=True):
-                raise ConfigError(
-                    f"rates {head}: each must be 0 or one of {BITS}, not increasing by group."
-                )
+        wrong = {bits for head in self.rates for bits in head if bits and bits not in BITS}
+        if wrong:
+            raise ConfigError(f"rates {sorted(wrong)}: each must be 0 or one of {BITS}.")
+
+    @property
+    def heads(self) -> int:
+        """Number of heads."""
+        return len(self.rates)
+
+    @property
+    def groups(self) -> int:
+        """Groups of 8 dimensions per head."""
+        return len(self.rates[0])
 
     @property
     def row_bytes(self) -> int:
-        """Bytes per token and head, set by the head with the most bits."""
-        return max(sum(head) for head in self.rates)
+        """Bytes per token, all heads together."""
+        return sum(map(sum, self.rates))
 
-    def runs(self, head: int) -> list[Run]:
-        """The runs of equal nonzero rate of one head."""
-        rates, out, byte = self.rates[head], [], 0
-        for bits in sorted(set(rates) - {0}, reverse=True):
-            group, count = rates.index(bits), rates.count(bits)
-            out.append(Run(bits, group, group + count, byte, byte + count * bits))
-            byte += count * bits
-        return out
-
-    def head_sets(self) -> list[tuple[slice | list[int], list[Run]]]:
-        """Heads that share their rates, with their runs: one entry when all heads are alike."""
-        if len(set(self.rates)) == 1:
-            return [(slice(None), self.runs(0))]
-        sets: dict[tuple[int, ...], list[int]] = {}
-        for head, rates in enumerate(self.rates):
-            sets.setdefault(rates, []).append(head)
-        return [(heads, self.runs(heads[0])) for heads in sets.values()]
+    def stored(self, device: torch.device) -> Tensor:
+        """(heads, groups) bool: rates above 0."""
+        return torch.tensor(self.rates, device=device) > 0
 
     def encode(self, x: Tensor, codes: dict[int, E8Code]) -> Tensor:
-        """x (batch, heads, tokens, dim) of unit variance -> (batch, heads, tokens, row_bytes)."""
-        groups = x.unflatten(-1, (-1, GROUP))
-        out = torch.zeros(*x.shape[:-1], self.row_bytes, dtype=torch.uint8, device=x.device)
-        for heads, runs in self.head_sets():
-            for run in runs:
-                part = codes[run.bits].encode(groups[:, heads, :, run.group : run.group_stop])
-                out[:, heads, :, run.byte : run.byte_stop] = part.flatten(-2)
+        """x (batch, heads, tokens, dim) of unit variance -> (batch, tokens, row_bytes) uint8."""
+        batch, _, tokens, _ = x.shape
+        groups = x.transpose(1, 2).unflatten(-1, (-1, GROUP)).flatten(2, 3)
+        out = torch.empty(batch, tokens, self.row_bytes, dtype=torch.uint8, device=x.device)
+        for bits, (members, at) in _by_rate(self, x.device).items():
+            out[:, :, at] = codes[bits].encode(groups[:, :, members]).flatten(-2)
         return out
 
-    def decode(self, data: Tensor, codes: dict[int, E8Code]) -> Tensor:
-        """Inverse of `encode`; groups of rate 0 become zeros."""
-        dim = len(self.rates[0]) * GROUP
-        whole = len(self.head_sets()) == 1 and len(self.runs(0)) == 1
-        if whole and 0 not in self.rates[0]:
-            bits = self.rates[0][0]
-            return codes[bits].decode(data.unflatten(-1, (-1, bits))).flatten(-2)
-        out = torch.zeros(*data.shape[:-1], dim, dtype=torch.float32, device=data.device)
-        for heads, runs in self.head_sets():
-            for run in runs:
-                part = data[:, heads, :, run.byte : run.byte_stop].unflatten(-1, (-1, run.bits))
-                values = codes[run.bits].decode(part).flatten(-2)
-                out[:, heads, :, run.group * GROUP : run.group_stop * GROUP] = values
-        return out
+    def decode(self, rows: Tensor, codes: dict[int, E8Code]) -> Tensor:
+        """Inverse of `encode`, (batch, heads, tokens, dim) fp32; groups of rate 0 become zeros."""
+        count = self.heads * self.groups
+        out = rows.new_zeros(*rows.shape[:-1], count, GROUP, dtype=torch.float32)
+        for bits, (members, at) in _by_rate(self, rows.device).items():
+            out[:, :, members] = codes[bits].decode(rows[:, :, at].unflatten(-1, (-1, bits)))
+        return out.view(*rows.shape[:-1], self.heads, -1).transpose(1, 2)
+
+
+@lru_cache(maxsize=1024)
+def _by_rate(layout: RowLayout, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
+    """Rate to its members (indices into heads x groups) and their bytes in the row."""
+    flat = [bits for head in layout.rates for bits in head]
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    byte = 0
+    for index, bits in enumerate(flat):
+        members, at = found.setdefault(bits, ([], []))
+        members.append(index)
+        at.extend(range(byte, byte + bits))
+        byte += bits
+    found.pop(0, None)
+    return {
+        bits: (torch.tensor(members, device=device), torch.tensor(at, device=device))
+        for bits, (members, at) in sorted(found.items())
+    }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexusquant.errors import LoadError
+from nexusquant.profile_store import cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,11 +60,6 @@ def load_model(
     else:
         model, tokenizer = _load_hub(str(name), dtype)
     return _place(model, device), tokenizer
-
-
-def cache_dir() -> Path:
-    """Where nexusquant keeps files of this user: `$XDG_CACHE_HOME` or `~/.cache`, `/nexusquant`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nexusquant"
 
 
 def demo_model(report: Callable[[str], None] = lambda step: None) -> Path:

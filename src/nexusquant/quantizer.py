@@ -4,90 +4,144 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from nexusquant.errors import NonFiniteError
 from nexusquant.layout import RowLayout
-from nexusquant.math.e8 import E8Code
+from nexusquant.math.e8 import GROUP, HEADROOM, E8Code
 from nexusquant.math.gains import LIMIT, decode_gain, encode_gain
 from nexusquant.math.transform import orthonormal
+from nexusquant.profile import Profile
+
+
+class Basis(Protocol):
+    """The coordinates that a layer's keys or values are coded in."""
+
+    def forward(self, device: torch.device) -> Tensor:
+        """(heads or 1, dim, dim) fp32: code space from centred, scaled vectors."""
+
+    def inverse(self, device: torch.device) -> Tensor:
+        """Its inverse."""
+
+    def mean(self, device: torch.device) -> Tensor:
+        """(1, heads or 1, 1, dim or 1) fp32, for sequences too short to have their own."""
 
 
 @dataclass(frozen=True)
-class Codes:
-    """Coded vectors, uint8: `rows` (batch, heads, tokens, row_bytes), `gains` without the last."""
+class Orthonormal:
+    """A fixed orthonormal transform (`nexusquant.math.transform`)."""
 
-    rows: Tensor
-    gains: Tensor
+    name: str
+    dim: int
 
-    def append(self, other: Codes) -> Codes:
-        """The vectors of both, along the tokens."""
-        return Codes(torch.cat([self.rows, other.rows], 2), torch.cat([self.gains, other.gains], 2))
+    def forward(self, device: torch.device) -> Tensor:
+        """(1, dim, dim)."""
+        return orthonormal(self.name, self.dim, device)[None]
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Codes:
+    def inverse(self, device: torch.device) -> Tensor:
+        """(1, dim, dim)."""
+        return orthonormal(self.name, self.dim, device).mT[None]
+
+    def mean(self, device: torch.device) -> Tensor:
+        """Zero."""
+        return torch.zeros(1, 1, 1, 1, device=device)
+
+
+class Profiled:
+    """The transform of one layer and side of a profile, which stays the owner of the tensors."""
+
+    def __init__(self, profile: Profile, layer: int, side: str) -> None:
+        self.profile, self.layer, self.side = profile, layer, side
+
+    def forward(self, device: torch.device) -> Tensor:
+        """(heads, dim, dim)."""
+        return self.profile.side(self.layer, self.side, device).forward
+
+    def inverse(self, device: torch.device) -> Tensor:
+        """(heads, dim, dim)."""
+        return self.profile.side(self.layer, self.side, device).inverse
+
+    def mean(self, device: torch.device) -> Tensor:
+        """(1, heads, 1, dim)."""
+        return self.profile.side(self.layer, self.side, device).mean[None, :, None]
+
+
+@dataclass(frozen=True)
+class Centre:
+    """What a sequence's vectors are relative to: x = mean + scale * vector.
+
+    Attributes:
+        mean: (batch, heads, 1, dim), None for the basis's own.
+        scale: (batch, heads, 1, dim or 1), None for 1.
+    """
+
+    mean: Tensor | None = None
+    scale: Tensor | None = None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Centre:
         """Apply a batch operation."""
-        return Codes(fn(self.rows), fn(self.gains))
-
-    def part(self, tokens: slice) -> Codes:
-        """Views of some tokens."""
-        return Codes(self.rows[:, :, tokens], self.gains[:, :, tokens])
+        return Centre(*(None if x is None else fn(x) for x in (self.mean, self.scale)))
 
 
 @dataclass(frozen=True)
 class Quantizer:
     """The quantizer of one layer's keys or of its values. Holds settings only, no tensors.
 
-    With T the orthonormal transform, m the mean and g the token gain, a vector x becomes
-    the codeword nearest to T(x - m) / g.
+    With T the basis, m and s the sequence's centre and g the token gain, a vector x becomes the
+    codeword nearest to T((x - m) / s) / g.
     """
 
     layout: RowLayout
-    transform: str = "hadamard"
+    basis: Basis
     levels: str = "companded"
     overload: float = 1.0
-
-    @property
-    def dim(self) -> int:
-        """Elements per vector."""
-        return len(self.layout.rates[0]) * 8
 
     @property
     def codes(self) -> dict[int, E8Code]:
         """The code of every rate in use."""
         used = {bits for head in self.layout.rates for bits in head if bits}
-        return {bits: E8Code(bits, self.levels, self.overload) for bits in used}
+        return {b: E8Code(b, self.levels, self.overload * HEADROOM[b]) for b in used}
 
-    def matrix(self, device: torch.device) -> Tensor:
-        """T, (dim, dim) fp32."""
-        return orthonormal(self.transform, self.dim, device)
-
-    def encode(self, x: Tensor, mean: Tensor) -> Codes:
-        """x (batch, heads, tokens, dim), mean (batch, heads, 1, dim) -> codes.
+    def encode(self, x: Tensor, centre: Centre) -> tuple[Tensor, Tensor]:
+        """x (batch, heads, tokens, dim) -> rows (batch, tokens, row_bytes), gains (b, h, t) 0-15.
 
         Raises:
-            NonFiniteError: NaN, infinity, or magnitudes beyond the range of a gain.
+            NonFiniteError: NaN, infinity, or vectors far beyond the others of the sequence.
         """
-        y = (x.float() - mean.float()) @ self.matrix(x.device).mT
-        rms = y.square().mean(-1).sqrt()
+        y = x.float() - self._mean(centre, x.device)
+        if centre.scale is not None:
+            y = y / centre.scale.float()
+        y = y @ self.basis.forward(x.device).mT
+        stored = self.layout.stored(x.device).repeat_interleave(GROUP, -1).float()
+        count = stored.sum(-1, keepdim=True).clamp(min=1)
+        rms = ((y.square() * stored[:, None]).sum(-1) / count).sqrt()
         if not bool((rms <= LIMIT).all()):
             bad = int((~(rms <= LIMIT)).sum())
             raise NonFiniteError(
-                f"{bad} of {rms.numel()} vectors are NaN, infinite or have an RMS above"
-                f" {LIMIT:.0f}; they cannot be coded. Check the model's dtype and inputs, or use"
-                " codec='exact'."
+                f"{bad} of {rms.numel()} vectors are NaN, infinite or over {LIMIT:.0f} times as"
+                " large as is usual there; they cannot be coded. Check the model's dtype and"
+                " inputs, or use codec='exact'."
             )
         gains = encode_gain(rms)
-        scale = decode_gain(gains)[..., None]
-        unit = torch.where(scale > 0, y / scale, 0.0)
-        return Codes(self.layout.encode(unit, self.codes), gains)
+        return self.layout.encode(y / decode_gain(gains)[..., None], self.codes), gains
 
-    def decode(self, codes: Codes, mean: Tensor) -> Tensor:
+    def coordinates(self, rows: Tensor, gains: Tensor) -> Tensor:
+        """Decoded but still in code space, (batch, heads, tokens, dim) fp32."""
+        return self.layout.decode(rows, self.codes) * decode_gain(gains)[..., None]
+
+    def leave(self, y: Tensor, centre: Centre) -> Tensor:
+        """Code space to vectors: of decoded tokens, or of sums of them with weights adding to 1."""
+        x = y @ self.basis.inverse(y.device).mT
+        if centre.scale is not None:
+            x = x * centre.scale.float()
+        return x + self._mean(centre, y.device)
+
+    def _mean(self, centre: Centre, device: torch.device) -> Tensor:
+        return self.basis.mean(device) if centre.mean is None else centre.mean.float()
+
+    def decode(self, rows: Tensor, gains: Tensor, centre: Centre) -> Tensor:
         """Inverse of `encode` up to the code's distortion. (batch, heads, tokens, dim) fp32."""
-        y = self.coordinates(codes)
-        return y @ self.matrix(y.device) + mean.float()
-
-    def coordinates(self, codes: Codes) -> Tensor:
-        """Decoded but still in transform space and centred, (batch, heads, tokens, dim) fp32."""
-        return self.layout.decode(codes.rows, self.codes) * decode_gain(codes.gains)[..., None]
+        return self.leave(self.coordinates(rows, gains), centre)

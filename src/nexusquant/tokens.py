@@ -1,108 +1,17 @@
-"""Stored tokens of one layer: which slots they hold, uncoded (`ExactTokens`) or as codes.
+"""Stored tokens of one layer, uncoded (`ExactTokens`) or as codes (`CodedTokens`).
 
 All containers are immutable; `append` and `map` return new ones, so a reader's view never changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nexusquant.quantizer import Codes, Quantizer
-
-BatchFn = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Logical positions in the cache of stored tokens, ascending, per batch row and head.
-
-    A contiguous run needs no storage. Otherwise the gaps between neighbours are stored, in one
-    byte where they fit; the first counts from `start - 1`, and gap 0 marks an empty entry (rows
-    that hold fewer tokens than the longest).
-    """
-
-    start: int
-    count: int
-    gaps: Tensor | None = None  # (batch, heads or 1, count)
-
-    @staticmethod
-    def of(index: Tensor) -> Slots:
-        """From positions (batch, heads, count) int64; -1 marks empty entries, at the end."""
-        if index.shape[-1] == 0:
-            return Slots(0, 0)
-        empty = index < 0
-        start = int(index.masked_fill(empty, torch.iinfo(index.dtype).max).min())
-        last = int(index.max())
-        if last < 0:  # nothing but empty entries
-            return Slots(0, index.shape[-1], torch.zeros_like(index, dtype=torch.uint8))
-        filled = torch.where(empty, start - 1, index).cummax(-1).values
-        gaps = filled.diff(dim=-1, prepend=torch.full_like(filled[..., :1], start - 1))
-        if last - start + 1 == index.shape[-1] and bool((gaps == 1).all()):
-            return Slots(start, index.shape[-1])
-        return Slots(start, index.shape[-1], _narrow(gaps))
-
-    def positions(self, device: torch.device) -> Tensor:
-        """(batch or 1, heads or 1, count) int64; -1 where empty."""
-        if self.gaps is None:
-            return torch.arange(self.start, self.start + self.count, device=device).view(1, 1, -1)
-        at = self.gaps.cumsum(-1, dtype=torch.int64) + (self.start - 1)
-        return torch.where(self.gaps == 0, -1, at)
-
-    def append(self, other: Slots, batch: int) -> Slots:
-        """The slots of both; `other` lies entirely behind."""
-        if self.count == 0 or other.count == 0:
-            return other if self.count == 0 else self
-        contiguous = self.gaps is None and other.gaps is None
-        if contiguous and other.start == self.start + self.count:
-            return Slots(self.start, self.count + other.count)
-        one = self.gaps if self.gaps is not None else other.gaps
-        device = one.device if one is not None else torch.device("cpu")
-        mine, theirs = (s.positions(device) for s in (self, other))
-        wide = max(mine.shape[1], theirs.shape[1])
-        mine, theirs = (x.expand(batch, wide, -1) for x in (mine, theirs))
-        first = mine.clamp(min=self.start - 1).amax(-1, keepdim=True)
-        seen = torch.cat([first, theirs.clamp(min=self.start - 1)], -1).cummax(-1).values
-        tail = seen.diff(dim=-1)  # 0 where empty: the running maximum stands still
-        head = self._dense_gaps(device).expand(batch, wide, -1)
-        return replace(
-            self,
-            count=self.count + other.count,
-            gaps=_narrow(torch.cat([head.long(), tail], -1)),
-        )
-
-    def _dense_gaps(self, device: torch.device) -> Tensor:
-        if self.gaps is not None:
-            return self.gaps
-        return torch.ones(1, 1, self.count, dtype=torch.uint8, device=device)
-
-    def drop(self, count: int) -> Slots:
-        """Without the first `count` entries."""
-        if self.gaps is None:
-            return Slots(self.start + count, self.count - count)
-        return Slots.of(self.positions(self.gaps.device)[..., count:])
-
-    def leading_before(self, slot: int) -> int:
-        """How many leading entries lie before `slot` (or are empty) in every row and head."""
-        if self.gaps is None:
-            return max(0, min(self.count, slot - self.start))
-        old = (self.positions(self.gaps.device) < slot).all(0).all(0)
-        return int(old.long().cumprod(0).sum())
-
-    def map(self, fn: BatchFn) -> Slots:
-        """Apply a batch operation."""
-        return self if self.gaps is None else replace(self, gaps=fn(self.gaps))
-
-
-def _narrow(gaps: Tensor) -> Tensor:
-    """The gaps in the smallest unsigned or signed type that holds them all."""
-    largest = int(gaps.max()) if gaps.numel() else 0
-    dtype = torch.uint8 if largest < 256 else torch.int16 if largest < 32768 else torch.int32
-    return gaps.to(dtype).contiguous()
-
+from nexusquant.quantizer import Centre, Quantizer
+from nexusquant.slots import BatchFn, Slots
 
 def _fits(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in `dtype`, or unchanged if that would overflow."""
@@ -128,6 +37,11 @@ class ExactTokens:
     def kv_heads(self) -> int:
         """Number of KV heads."""
         return self.keys.shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.keys.shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -167,49 +81,104 @@ class ExactTokens:
 
 @dataclass(frozen=True)
 class CodedTokens:
-    """Tokens stored as codes. Keys are in the frame of `KeyFrame`; means are per batch row."""
+    """Tokens stored as codes. Keys are in the frame of `KeyFrame`; centres are per batch row.
 
-    keys: Codes
-    values: Codes
-    key_mean: Tensor  # (batch, heads, 1, dim) fp16
-    value_mean: Tensor
+    Attributes:
+        key_rows, value_rows: (batch, tokens, bytes) uint8; entry i holds the i-th token of every
+            head, which need not be the same token (`slots`).
+        gains: (batch, kv_heads, tokens) uint8, the keys' in the low four bits.
+        key_centre, value_centre: shared by all tiers of a layer.
+    """
+
+    key_rows: Tensor
+    value_rows: Tensor
+    gains: Tensor
+    key_centre: Centre
+    value_centre: Centre
     slots: Slots
     key_quantizer: Quantizer
     value_quantizer: Quantizer
 
+    @staticmethod
+    def encode(
+        keys: Tensor,
+        values: Tensor,
+        slots: Slots,
+        centres: tuple[Centre, Centre],
+        quantizers: tuple[Quantizer, Quantizer],
+    ) -> CodedTokens:
+        """Keys (in their frame) and values, each (batch, kv_heads, tokens, dim), at `slots`."""
+        key_rows, key_gains = quantizers[0].encode(keys, centres[0])
+        value_rows, value_gains = quantizers[1].encode(values, centres[1])
+        return CodedTokens(
+            key_rows, value_rows, key_gains | (value_gains << 4), *centres, slots, *quantizers
+        )
+
     @property
     def kv_heads(self) -> int:
         """Number of KV heads."""
-        return self.keys.rows.shape[1]
+        return self.gains.shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.gains.shape[0]
 
     @property
     def device(self) -> torch.device:
         """Where the tensors live."""
-        return self.keys.rows.device
+        return self.gains.device
 
-    def append(self, other: CodedTokens) -> CodedTokens:
-        """The tokens of both, which must share means and quantizers; `other` lies behind."""
-        batch = self.keys.rows.shape[0]
+    def part(self, tokens: slice) -> CodedTokens:
+        """Views of some entries; the slots stay as they are."""
         return replace(
             self,
-            keys=self.keys.append(other.keys),
-            values=self.values.append(other.values),
+            key_rows=self.key_rows[:, tokens],
+            value_rows=self.value_rows[:, tokens],
+            gains=self.gains[:, :, tokens],
+        )
+
+    def keys(self) -> Tensor:
+        """Decoded keys in their frame, (batch, kv_heads, tokens, dim) fp32."""
+        return self.key_quantizer.decode(self.key_rows, self.gains & 15, self.key_centre)
+
+    def values(self) -> Tensor:
+        """Decoded values, (batch, kv_heads, tokens, dim) fp32."""
+        return self.value_quantizer.leave(self.value_coordinates(), self.value_centre)
+
+    def value_coordinates(self) -> Tensor:
+        """Decoded values still in code space."""
+        return self.value_quantizer.coordinates(self.value_rows, self.gains >> 4)
+
+    def append(self, other: CodedTokens) -> CodedTokens:
+        """The tokens of both, which must share centres and quantizers; `other` lies behind."""
+        batch = self.gains.shape[0]
+        return replace(
+            self,
+            key_rows=torch.cat([self.key_rows, other.key_rows], 1),
+            value_rows=torch.cat([self.value_rows, other.value_rows], 1),
+            gains=torch.cat([self.gains, other.gains], 2),
             slots=self.slots.append(other.slots, batch),
         )
 
     def drop(self, count: int) -> CodedTokens:
         """Without the first `count` entries, in storage of its own."""
-        rest = slice(count, None)
-        keys, values = (x.part(rest).map(torch.clone) for x in (self.keys, self.values))
-        return replace(self, keys=keys, values=values, slots=self.slots.drop(count))
+        rest = self.part(slice(count, None))
+        return replace(rest._tensors(torch.clone), slots=self.slots.drop(count))
 
     def map(self, fn: BatchFn) -> CodedTokens:
         """Apply a batch operation (reorder, repeat, select) to everything stored."""
         return replace(
-            self,
-            keys=self.keys.map(fn),
-            values=self.values.map(fn),
-            key_mean=fn(self.key_mean),
-            value_mean=fn(self.value_mean),
+            self._tensors(fn),
+            key_centre=self.key_centre.map(fn),
+            value_centre=self.value_centre.map(fn),
             slots=self.slots.map(fn),
+        )
+
+    def _tensors(self, fn: BatchFn) -> CodedTokens:
+        return replace(
+            self,
+            key_rows=fn(self.key_rows),
+            value_rows=fn(self.value_rows),
+            gains=fn(self.gains),
         )

@@ -14,8 +14,10 @@ from nexusquant.errors import UnsupportedError
 from nexusquant.hf.install import Lease
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
+from nexusquant.hf.profiles import ProfileBook, ProfileLike
 from nexusquant.hf.rope_tables import RopeBook
 from nexusquant.hf.sliding import CompactSlidingLayer
+from nexusquant.profile import Profile
 
 
 def check_model(model: nn.Module) -> None:
@@ -41,7 +43,11 @@ def check_model(model: nn.Module) -> None:
 
 
 def compact_layers(
-    cache: Cache, model: nn.Module, config: CompressionConfig, notices: Notices
+    cache: Cache,
+    model: nn.Module,
+    config: CompressionConfig,
+    notices: Notices,
+    profiles: ProfileBook,
 ) -> None:
     """Swap the attention layers of an empty `DynamicCache` for compact ones, in place."""
     lease = Lease(model)
@@ -58,7 +64,7 @@ def compact_layers(
             kept[type(layer).__name__] = kept.get(type(layer).__name__, 0) + 1
             swapped.append(layer)
             continue
-        new.book, new.lease = book, lease
+        new.book, new.lease, new.profiles = book, lease, profiles
         if getattr(layer, "record_past", False):
             new.activate_past_recording()
         swapped.append(new)
@@ -126,10 +132,13 @@ class NexusCache(DynamicCache):
         model: the causal LM that will use it.
         quality: "lossless", "high" (= "conservative"), "balanced", "max" (= "aggressive"), or a
             `CompressionConfig`.
+        profile: the model's profile or its file. Default: the one that an earlier prompt of this
+            model built, else the one in the user's cache directory, else this prompt builds one.
         **overrides: fields of `CompressionConfig`.
 
     Raises:
         ConfigError: unknown preset or field.
+        ProfileError: a profile that is damaged or another model's.
         UnsupportedError: a model that cannot have a compressed cache (encoder-decoder, no
             DynamicCache, flex attention).
 
@@ -142,17 +151,23 @@ class NexusCache(DynamicCache):
     """
 
     def __init__(
-        self, model: nn.Module, quality: str | CompressionConfig = "balanced", **overrides: Any
+        self,
+        model: nn.Module,
+        quality: str | CompressionConfig = "balanced",
+        *,
+        profile: ProfileLike = None,
+        **overrides: Any,
     ) -> None:
         check_model(model)
         self.config = resolve_config(quality, **overrides)
+        self._profiles = ProfileBook(model, self.config, profile)
         super().__init__(config=text_config(model))
-        compact_layers(self, model, self.config, Notices())
+        compact_layers(self, model, self.config, Notices(), self._profiles)
 
     @property
-    def profile(self) -> None:
-        """What is shared between sequences: nothing yet."""
-        return None
+    def profile(self) -> Profile | None:
+        """What is shared by all sequences of the model, not counted in `nbytes`."""
+        return self._profiles.profile
 
     def activate_past_recording(self) -> None:
         """Compress only after `crop` said which tokens stay (early 5.x lacks this on caches)."""

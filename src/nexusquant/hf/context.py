@@ -34,6 +34,7 @@ from nexusquant.hf.cache import (
 from nexusquant.hf.install import Installation
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
+from nexusquant.hf.profiles import ProfileBook, ProfileLike, find_profile
 from nexusquant.hf.scoring import Scoring, join, obstacle, run_chunks, too_short
 
 _lock = threading.RLock()
@@ -47,8 +48,8 @@ class Run:
         config: the settings in force.
     """
 
-    def __init__(self, config: CompressionConfig) -> None:
-        self.config = config
+    def __init__(self, config: CompressionConfig, profile: ProfileLike = None) -> None:
+        self.config, self.profile = config, profile
         self.notices = Notices()
         self._cache: Cache | None = None
         self._last: CacheStats | None = None
@@ -149,7 +150,8 @@ def _compact(model: nn.Module, run: Run, cache: Any) -> None:
         )
         run.adopt(cache)
     else:
-        compact_layers(cache, model, run.config, run.notices)
+        book = ProfileBook(model, run.config, run.profile)
+        compact_layers(cache, model, run.config, run.notices, book)
         run.adopt(cache)
 
 
@@ -226,7 +228,11 @@ def _after(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
 
 @contextmanager
 def nexusquant_evict(
-    model: nn.Module, quality: str | CompressionConfig = "balanced", **overrides: Any
+    model: nn.Module,
+    quality: str | CompressionConfig = "balanced",
+    *,
+    profile: ProfileLike = None,
+    **overrides: Any,
 ) -> Iterator[Run]:
     """Compress every KV cache that `model` makes inside the block.
 
@@ -235,6 +241,9 @@ def nexusquant_evict(
             caches made inside keep working afterwards.
         quality: "lossless", "high" (= "conservative"), "balanced", "max" (= "aggressive"), or a
             `CompressionConfig`.
+        profile: the model's profile or its file. Default: the one that an earlier prompt of this
+            model built, else the one in the user's cache directory, else the first prompt builds
+            one.
         **overrides: fields of `CompressionConfig`.
 
     Yields:
@@ -242,6 +251,7 @@ def nexusquant_evict(
 
     Raises:
         ConfigError: unknown preset or field.
+        ProfileError: a profile that is damaged or another model's.
         UnsupportedError: a model that cannot have a compressed cache.
 
     Example:
@@ -252,7 +262,10 @@ def nexusquant_evict(
         0.0... MiB for ... tokens (... kept per head), ...x smaller than fp16, ... bits/element, ...
     """
     check_model(model)
-    run = Run(resolve_config(quality, **overrides))
+    config = resolve_config(quality, **overrides)
+    if profile is not None:  # complain here, not in the middle of a generation
+        profile = find_profile(model, config.rope_page, profile)
+    run = Run(config, profile)
     installation = Installation(model)
     with _lock:
         runs = _entered.setdefault(model, [])

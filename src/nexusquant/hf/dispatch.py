@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from nexusquant.attention import Mask, attend
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.handle import KVHandle, Snapshot
-from nexusquant.hf.passes import rotary_of
+from nexusquant.hf.output_side import output_side
+from nexusquant.hf.passes import residual_of, rotary_of
 from nexusquant.hf.rope_tables import rotary_frequencies
 from nexusquant.math.rope import Frequencies
 
@@ -65,7 +66,11 @@ def _nexus_attention(
     if output.requires_grad and snapshot.length > snapshot.new:
         output.register_hook(_no_gradient)
     valid = _valid(attention_mask, snapshot)
-    layer.absorb(query, valid, scale, kwargs.get("softcap"))
+    width = query.shape[1] * snapshot.tail_values.shape[-1]
+    layer.absorb(
+        query, valid, scale, kwargs.get("softcap"),
+        lambda: output_side(module, width, residual_of(query.shape[2])),
+    )  # fmt: skip
     return output, weights
 
 

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map
 
 from nexusquant.compressor import Stored
 from nexusquant.errors import UnsupportedError
-from nexusquant.tokens import CodedTokens, ExactTokens, Slots
+from nexusquant.slots import Slots
+from nexusquant.tokens import CodedTokens, ExactTokens
 
 if TYPE_CHECKING:
     from nexusquant.hf.layer import CompactLayer
@@ -83,9 +84,9 @@ class Snapshot:
                 if isinstance(part, ExactTokens):
                     x = part.keys if name == "keys" else part.values
                 elif name == "keys":
-                    x = frame.leave(part.key_quantizer.decode(part.keys, part.key_mean), at)
+                    x = frame.leave(part.keys(), at)
                 else:
-                    x = part.value_quantizer.decode(part.values, part.value_mean)
+                    x = part.values()
                 filled = at >= 0
                 index = at.clamp(min=0)
                 whole.scatter_add_(

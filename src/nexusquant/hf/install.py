@@ -23,7 +23,7 @@ from nexusquant.hf.dispatch import (
     make_dispatcher,
     model_of,
 )
-from nexusquant.hf.passes import begin, finish, remember_rotary
+from nexusquant.hf.passes import begin, finish, remember_residual, remember_rotary
 
 
 class _EagerName(str):
@@ -117,10 +117,12 @@ def _hook_attention(model: nn.Module) -> list[Any]:
         model.register_forward_pre_hook(begin),
         model.register_forward_hook(finish, always_call=True),
     ]
-    for module in model.modules():
+    for name, module in model.named_modules():
         if "ttention" in type(module).__name__ and hasattr(module, "layer_idx"):
             model_of[module] = weakref.ref(model)
             handles.append(module.register_forward_pre_hook(remember_rotary, with_kwargs=True))
+            parent = model.get_submodule(name.rpartition(".")[0])
+            handles.append(parent.register_forward_pre_hook(remember_residual, with_kwargs=True))
     return handles
 
 

@@ -17,9 +17,11 @@ from nexusquant.hf.handle import KVHandle, Snapshot
 from nexusquant.hf.install import Lease
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.passes import note_update
+from nexusquant.hf.profiles import ProfileBook
 from nexusquant.hf.rope_tables import LayerRope, RopeBook, RotaryCall
 from nexusquant.math.e8 import GROUP
 from nexusquant.math.rope import Frequencies, KeyFrame
+from nexusquant.statistics import OutputSide
 
 _STATE = ("stored", "tail_keys", "tail_values", "length", "deferred", "rope")
 
@@ -41,6 +43,7 @@ class CompactLayer(CacheLayerMixin):
         super().__init__()
         self.config, self.layer_idx, self.notices = config, layer_idx, notices
         self.book: RopeBook | None = None
+        self.profiles: ProfileBook | None = None
         self.lease: Lease | None = None
         self.rope: LayerRope | None = None
         self.record_past = False
@@ -143,7 +146,7 @@ class CompactLayer(CacheLayerMixin):
         if self.tail_keys is not None:
             return self.tail_keys.shape[0]
         for part in self.stored.parts():
-            return (part.key_mean if hasattr(part, "key_mean") else part.keys).shape[0]
+            return part.batch_size
         return -1
 
     @property
@@ -179,7 +182,8 @@ class CompactLayer(CacheLayerMixin):
         candidates: Callable[[], list[Frequencies]],
     ) -> None:
         """Capture the rotary rows of the new tokens: coding and scoring undo them."""
-        needless = self.config.codec == "exact" and not self.config.evict_ratio
+        profiled = self.profiles is not None and self.profiles.wanted
+        needless = self.config.codec == "exact" and not self.config.evict_ratio and not profiled
         if self.book is None or self.exact or needless:
             return
         past = snapshot.length - snapshot.new
@@ -187,22 +191,33 @@ class CompactLayer(CacheLayerMixin):
         self.rope = self.book.record(self.rope, call, module, past, candidates, head_dim)
 
     def absorb(
-        self, query: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
+        self,
+        query: Tensor,
+        valid: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        output: Callable[[], OutputSide] = OutputSide,
     ) -> None:
         """This layer's attention is done: compress the tail if it is long enough.
 
         Args:
             query: (batch, query_heads, q_len, dim) post-RoPE, of the last q_len tail tokens.
             valid: (batch, tail) bool, False for padding.
+            output: where this attention's output goes, in case a profile is built from this call.
         """
         self.reached = True
         if self.record_past:  # a rollback may come: `crop` compresses
             self.deferred = (query.detach(), valid, scaling, softcap)
             return
-        self._compress(query.detach(), valid, scaling, softcap)
+        self._compress(query.detach(), valid, scaling, softcap, output)
 
     def _compress(
-        self, query: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
+        self,
+        query: Tensor,
+        valid: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        output: Callable[[], OutputSide] = OutputSide,
     ) -> None:
         if self.tail_keys is None or self.tail_values is None:
             return
@@ -211,10 +226,15 @@ class CompactLayer(CacheLayerMixin):
             return
         chunk = Chunk(
             self.tail_keys, self.tail_values, self.tail_start, valid,
-            query if query.shape[2] >= self.config.residual_length else None,
+            query[:, :, -self.tail_keys.shape[2] :]
+            if query.shape[2] >= self.config.residual_length
+            else None,
             scaling, softcap, self.layer_idx,
         )  # fmt: skip
-        self.stored = compress(self.config, self.stored, chunk, self.frame())
+        frame, profile = self.frame(), None
+        if self.profiles is not None and not self.stored.body:
+            profile = self.profiles.obtain(chunk, frame, self.config.sinks, output)
+        self.stored = compress(self.config, self.stored, chunk, frame, profile)
         # Fresh empty tensors: a view would keep the whole prompt's storage alive.
         self.tail_keys = torch.empty_like(self.tail_keys[:, :, :0])
         self.tail_values = torch.empty_like(self.tail_values[:, :, :0])

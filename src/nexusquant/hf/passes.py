@@ -46,6 +46,7 @@ class _Running(threading.local):
 
     def __init__(self) -> None:
         self.rotary: tuple[int | None, RotaryCall | None] = None, None
+        self.residual: torch.Tensor | None = None
         self.passes: list[_Pass] = []
 
     def end(self, model: nn.Module) -> _Pass | None:
@@ -70,11 +71,13 @@ def begin(model: nn.Module, args: Any) -> None:
 
 def finish(model: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of the model; after an exception the output is None."""
-    _running.rotary = None, None
+    _running.rotary, _running.residual = (None, None), None
     ended = _running.end(model)
     if ended is None:
         return
     for layer, _ in ended.layers():
+        if layer.profiles is not None:
+            layer.profiles.end_pass(failed=output is None)
         if layer.rope is not None:
             forget_workspace(layer.rope.table)  # rotary rows are workspace of one pass
     if output is None:
@@ -96,6 +99,19 @@ def remember_rotary(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Non
         _running.rotary = id(module), RotaryCall(rows[0], rows[1], kwargs.get("position_ids"))
     else:
         _running.rotary = id(module), None
+
+
+def remember_residual(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Pre-hook of decoder layers: the residual stream that comes in."""
+    stream = args[0] if args else kwargs.get("hidden_states")
+    known = torch.is_tensor(stream) and stream.ndim == 3
+    _running.residual = stream.detach() if known and torch.is_tensor(stream) else None
+
+
+def residual_of(tokens: int) -> torch.Tensor | None:
+    """(batch, tokens, hidden) residual stream of the decoder layer under way, if it is known."""
+    stream = _running.residual
+    return stream if stream is not None and stream.shape[1] == tokens else None
 
 
 def rotary_of(module: nn.Module) -> RotaryCall | None:

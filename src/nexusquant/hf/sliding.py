@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from nexusquant.config import CompressionConfig
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
+from nexusquant.statistics import OutputSide
 
 
 class CompactSlidingLayer(CompactLayer):
@@ -36,7 +39,12 @@ class CompactSlidingLayer(CompactLayer):
         return max(self.length - self.sliding_window + 1, 0)
 
     def _compress(
-        self, query: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
+        self,
+        query: Tensor,
+        valid: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        output: Callable[[], OutputSide] = OutputSide,
     ) -> None:
         first = self.first_visible
         self.stored = self.stored.drop_before(first)
@@ -45,4 +53,4 @@ class CompactSlidingLayer(CompactLayer):
             self.tail_keys = self.tail_keys[:, :, surplus:].clone()
             self.tail_values = self.tail_values[:, :, surplus:].clone()
             valid = None if valid is None else valid[:, surplus:]
-        super()._compress(query, valid, scaling, softcap)
+        super()._compress(query, valid, scaling, softcap, output)

@@ -250,6 +250,19 @@ class KeyFrame:
         self.table, self.page = table, page
         self._rows = {} if rows is None else rows
 
+    @property
+    def rotates(self) -> bool:
+        """Whether `enter` does anything."""
+        return self.table is not None and self.page > 0
+
+    def of_row(self, row: int) -> KeyFrame:
+        """The frame of one batch row, for tensors of batch 1."""
+        if self.table is None:
+            return self
+        cos, sin = self._at(self.page)
+        picked = slice(row, row + 1) if len(cos) > 1 else slice(None)
+        return KeyFrame(self.table, self.page, {self.page: (cos[picked], sin[picked])})
+
     def _at(self, page: int) -> tuple[Tensor, Tensor]:
         assert self.table is not None
         if page not in self._rows:
@@ -258,13 +271,13 @@ class KeyFrame:
 
     def enter(self, keys: Tensor, slots: Tensor) -> Tensor:
         """Post-RoPE keys (batch, heads, n, dim) at `slots` into the frame, fp32."""
-        if self.table is None or not self.page:
+        if self.table is None or not self.rotates:
             return keys.float()
         return self.table.turn(keys, slots, self._at(self.page), inverse=True)
 
     def leave(self, keys: Tensor, slots: Tensor) -> Tensor:
         """Inverse of `enter`."""
-        if self.table is None or not self.page:
+        if self.table is None or not self.rotates:
             return keys.float()
         return self.table.turn(keys, slots, self._at(self.page), inverse=False)
 

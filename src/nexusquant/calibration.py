@@ -1,0 +1,118 @@
+"""Building a profile from text: what the first long prompt does by itself, over more of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from nexusquant.config import CompressionConfig
+from nexusquant.errors import ConfigError
+from nexusquant.hf.cache import check_model, compact_layers, text_config
+from nexusquant.hf.notices import Notices
+from nexusquant.hf.profiles import Collector, remember_profile
+from nexusquant.profile import Profile
+from nexusquant.statistics import MIN_TOKENS
+
+
+@torch.no_grad()
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    texts: Iterable[str],
+    *,
+    tokens: int = 2048,
+    pieces: int = 8,
+    rope_page: int = CompressionConfig.rope_page,
+    source: str = "text",
+    report: Callable[[str], None] = lambda step: None,
+) -> Profile:
+    """The profile of a model from texts, in force for its caches from now on.
+
+    Each text is cut into pieces of `tokens` tokens, and pieces are taken in turn from all texts
+    until there are `pieces` of them; each counts the same. Save it with `Profile.save`.
+
+    Args:
+        rope_page: key frame, as in `CompressionConfig`.
+        source: a word on where the texts come from, kept in the profile.
+        report: called with a line of text as each piece starts.
+
+    Raises:
+        ConfigError: no text has `MIN_TOKENS` tokens.
+        UnsupportedError: a model that cannot have a compressed cache.
+
+    Example:
+        >>> from nexusquant import calibrate
+        >>> profile = calibrate(model, tokenizer, ["some text of your own " * 200], pieces=2)
+        >>> len(profile.layers) == model.config.num_hidden_layers
+        True
+    """
+    check_model(model)
+    config = CompressionConfig(codec="exact", rope_page=rope_page)
+    chosen = _pieces(tokenizer, texts, tokens, pieces)
+    collector = Collector(model, config)
+    for index, ids in enumerate(chosen):
+        report(f"piece {index + 1} of {len(chosen)}, {ids.shape[1]} tokens")
+        cache = DynamicCache(config=text_config(model))
+        compact_layers(cache, model, config, Notices(), collector)
+        model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    total = sum(ids.shape[1] for ids in chosen)
+    profile = collector.profile_of(model, source, total)
+    remember_profile(model, profile)
+    return profile
+
+
+def _pieces(tokenizer: Any, texts: Iterable[str], tokens: int, count: int) -> list[Tensor]:
+    """Up to `count` pieces (1, n), one of each text in turn."""
+    queues = [
+        [piece for piece in _ids(tokenizer, text).split(tokens, dim=1) if piece.shape[1] >= MIN_TOKENS]
+        for text in texts
+    ]
+    chosen: list[Tensor] = []
+    for rank in range(max(map(len, queues), default=0)):
+        chosen += [queue[rank] for queue in queues if rank < len(queue)]
+    if not chosen:
+        raise ConfigError(
+            f"none of the {len(queues)} texts has {MIN_TOKENS} tokens, which a profile needs."
+        )
+    return chosen[:count]
+
+
+def _ids(tokenizer: Any, text: str) -> Tensor:
+    ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids
+    return ids
+
+
+@torch.no_grad()
+def own_text(
+    model: Any,
+    tokenizer: Any,
+    *,
+    tokens: int = 2048,
+    pieces: int = 4,
+    seed: int = 0,
+    report: Callable[[str], None] = lambda step: None,
+) -> list[str]:
+    """Text that the model samples by itself, for calibration without any data.
+
+    Reproducible: sampling runs under its own seed and leaves the global generator as it was.
+    """
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if begin is None:
+        raise ConfigError("this tokenizer has no begin or end token to start from: give --text.")
+    texts = []
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        for index in range(pieces):
+            report(f"sampling text {index + 1} of {pieces}")
+            torch.manual_seed(seed + index)
+            start = torch.full((1, 1), begin, device=model.device)
+            out = model.generate(
+                start, attention_mask=torch.ones_like(start), do_sample=True, top_k=50,
+                temperature=1.0, min_new_tokens=tokens, max_new_tokens=tokens,
+                pad_token_id=begin,
+            )  # fmt: skip
+            texts.append(str(tokenizer.decode(out[0], skip_special_tokens=True)))
+    return texts

@@ -1,0 +1,179 @@
+"""The profile of a model: looked up once, or built while the first long prompt is compressed."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nexusquant.compressor import Chunk
+from nexusquant.config import CompressionConfig
+from nexusquant.errors import ProfileError
+from nexusquant.hf.fingerprint import fingerprint
+from nexusquant.math.rope import KeyFrame
+from nexusquant.profile import Profile
+from nexusquant.profile_store import default_path, load_profile
+from nexusquant.statistics import (
+    MIN_TOKENS,
+    LayerStatistics,
+    OutputSide,
+    layer_statistics,
+)
+
+ProfileLike = Profile | str | Path | None
+
+_lock = threading.RLock()
+_known: weakref.WeakKeyDictionary[nn.Module, dict[int, Profile | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def forget_profiles(model: nn.Module) -> None:
+    """Forget what was built or loaded for a model; the next cache looks again."""
+    with _lock:
+        _known.pop(model, None)
+
+
+def remember_profile(model: nn.Module, profile: Profile) -> None:
+    """Use `profile` for new caches of `model`."""
+    with _lock:
+        _known.setdefault(model, {})[profile.rope_page] = profile
+
+
+def find_profile(model: nn.Module, rope_page: int, given: ProfileLike = None) -> Profile | None:
+    """The profile to use: given, known, or stored in the user's cache directory.
+
+    Raises:
+        ProfileError: a given one does not fit the model or the key frame.
+    """
+    if given is not None:
+        mine = fingerprint(model)
+        profile = given if isinstance(given, Profile) else load_profile(given, mine)
+        if profile.fingerprint != mine:
+            raise ProfileError(
+                f"the profile given is another model's: it was built for fingerprint"
+                f" {profile.fingerprint}, this model has {mine}."
+            )
+        if profile.rope_page != rope_page:
+            raise ProfileError(
+                f"the profile given was built with rope_page={profile.rope_page}, the cache is"
+                f" configured with rope_page={rope_page}."
+            )
+        return profile
+    with _lock:
+        known = _known.setdefault(model, {})
+        if rope_page not in known:
+            path = default_path(fingerprint(model), rope_page)
+            known[rope_page] = load_profile(path, fingerprint(model)) if path.is_file() else None
+        return known[rope_page]
+
+
+class ProfileBook:
+    """The profile that one cache uses; the first long prompt of a model builds it."""
+
+    def __init__(
+        self, model: nn.Module, config: CompressionConfig, given: ProfileLike = None
+    ) -> None:
+        self._model = weakref.ref(model)
+        self.page = config.rope_page
+        self.wanted = config.codec == "e8" and config.transform == "klt"
+        self.profile = find_profile(model, self.page, given) if self.wanted else None
+
+    def obtain(
+        self, chunk: Chunk, frame: KeyFrame, sinks: int, output: Callable[[], OutputSide]
+    ) -> Profile | None:
+        """The profile, if it knows the chunk's layer or can be built from this chunk."""
+        if not self.wanted or chunk.queries is None:
+            return self.profile
+        if self.profile is not None:
+            if self.profile.complete or chunk.layer_idx in self.profile.layers:
+                return self.profile
+        if _length(chunk) < MIN_TOKENS:
+            return self.profile
+        if self.profile is None:
+            model = self._model()
+            if model is None:
+                return None
+            self.profile = Profile(fingerprint(model), self.page, "first prompt", _length(chunk))
+        statistics = _statistics(chunk, frame, sinks, output())
+        if statistics is not None:
+            self.profile.layers[chunk.layer_idx] = statistics.profile()
+        return self.profile
+
+    def end_pass(self, failed: bool) -> None:
+        """A forward pass is over: what it built is complete, or void."""
+        if self.profile is None or self.profile.complete:
+            return
+        if failed or not self.profile.layers:
+            self.profile = None
+            return
+        self.profile.complete = True
+        model = self._model()
+        with _lock:
+            if model is not None and _known.setdefault(model, {}).get(self.page) is None:
+                _known[model][self.page] = self.profile
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProfileBook:
+        return self  # a copied cache goes on with the same profile
+
+
+class Collector(ProfileBook):
+    """Gathers statistics over several texts instead; nothing is coded meanwhile."""
+
+    def __init__(self, model: nn.Module, config: CompressionConfig) -> None:
+        super().__init__(model, config)
+        self.wanted = True
+        self.statistics: dict[int, list[LayerStatistics]] = {}
+
+    def obtain(
+        self, chunk: Chunk, frame: KeyFrame, sinks: int, output: Callable[[], OutputSide]
+    ) -> Profile | None:
+        """Adds the chunk's statistics."""
+        if chunk.queries is not None and _length(chunk) >= MIN_TOKENS:
+            statistics = _statistics(chunk, frame, sinks, output())
+            if statistics is not None:
+                self.statistics.setdefault(chunk.layer_idx, []).append(statistics)
+        return None
+
+    def profile_of(self, model: nn.Module, source: str, tokens: int) -> Profile:
+        """The profile of everything seen.
+
+        Raises:
+            ProfileError: nothing was seen.
+        """
+        if not self.statistics:
+            raise ProfileError(
+                f"no text of at least {MIN_TOKENS} tokens reached an attention layer of this"
+                " model, so there is nothing to build a profile from."
+            )
+        layers = {
+            index: LayerStatistics.mean(parts).profile()
+            for index, parts in sorted(self.statistics.items())
+        }
+        return Profile(fingerprint(model), self.page, source, tokens, layers, True)
+
+
+def _length(chunk: Chunk) -> int:
+    """Real tokens of the longest row."""
+    return chunk.keys.shape[2] if chunk.valid is None else int(chunk.valid.sum(-1).max())
+
+
+def _statistics(
+    chunk: Chunk, frame: KeyFrame, sinks: int, output: OutputSide
+) -> LayerStatistics | None:
+    """None if they are not finite: such input is refused where it is coded."""
+    assert chunk.queries is not None
+    try:
+        found = layer_statistics(
+            chunk.keys, chunk.values, chunk.queries, start=chunk.start, valid=chunk.valid,
+            frame=frame, sinks=sinks, scaling=chunk.scaling, softcap=chunk.softcap, output=output,
+        )  # fmt: skip
+    except torch.linalg.LinAlgError:
+        return None
+    sides = [*vars(found.key).values(), *vars(found.value).values()]
+    return found if all(bool(torch.isfinite(x).all()) for x in sides) else None

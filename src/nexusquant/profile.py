@@ -1,0 +1,208 @@
+"""Profiles: what is known about a model's keys and values, shared by all of its sequences.
+
+A profile holds a transform per layer, KV head and side (keys or values), and what noise there does
+to the attention output. Row layouts follow from it for every budget. Built by
+`nexusquant.statistics`, kept by `nexusquant.profile_store`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexusquant.allocation import allocate
+from nexusquant.layout import RowLayout
+
+SIDES = ("key", "value")
+
+
+@dataclass(frozen=True)
+class Side:
+    """The keys or the values of one layer.
+
+    Attributes:
+        forward: (kv_heads, dim, dim) fp32, centred vector to code space, where every 8-group has
+            unit variance; groups are ordered by falling variance before that scaling.
+        inverse: its inverse.
+        mean: (kv_heads, dim) fp32.
+        variance: (kv_heads, dim / 8) fp32, of the groups before scaling, in the unit of noise that
+            the transform makes equal in all directions: logits for keys, the norm of the attention
+            output for values.
+        weight: (kv_heads,) fp32, squared relative error of the residual stream per unit of noise.
+    """
+
+    forward: Tensor
+    inverse: Tensor
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor
+
+    def to(self, device: torch.device | str) -> Side:
+        """On another device."""
+        return Side(*(x.to(device) for x in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """Keys and values of one layer.
+
+    Attributes:
+        inverse_residual: 1 / mean squared norm of the residual stream there, or 1 if unknown.
+    """
+
+    key: Side
+    value: Side
+    inverse_residual: float = 1.0
+
+    def costs(self, shared: Shared) -> tuple[Tensor, Tensor]:
+        """(kv_heads, groups) of keys and of values: damage of leaving a group uncoded.
+
+        The measured weight of a head is a noisy, prompt-dependent estimate, so it is averaged
+        geometrically with what a head of unknown behaviour would get (`Shared`).
+        """
+        key = (self.key.weight * shared.key).sqrt()
+        value = (self.value.weight * self.inverse_residual * shared.value).sqrt() * VALUE_SHARE
+        return key[:, None] * self.key.variance, value[:, None] * self.value.variance
+
+
+VALUE_SHARE = 0.6
+"""Factor on the cost of values, from measured KL: error in keys also adds up along a generation."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Geometric means over all heads of a model: the weight of a head one knows nothing about."""
+
+    key: float
+    value: float
+
+    @staticmethod
+    def of(layers: list[LayerProfile]) -> Shared:
+        """From the layers that are known."""
+        key = torch.cat([layer.key.weight for layer in layers])
+        value = torch.cat([layer.value.weight / layer.inverse_residual for layer in layers])
+        return Shared(*(float(x.clamp(min=1e-30).log().mean().exp()) for x in (key, value)))
+
+
+Layouts = tuple[RowLayout, RowLayout]
+"""Of keys and of values."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bits to distribute over groups, heads, layers, sides and tiers.
+
+    Attributes:
+        key_bits, value_bits: mean bits per element.
+        joint: keys and values draw on one budget; False keeps their means apart.
+        shares: fraction of the tokens in each tier.
+        factors: cost of a tier's tokens relative to the others.
+    """
+
+    key_bits: float
+    value_bits: float
+    joint: bool
+    shares: tuple[float, ...]
+    factors: tuple[float, ...]
+
+    def split(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Costs of all groups, (n,) each, to rates (tiers, n)."""
+        factors, shares = torch.tensor(self.factors)[:, None], torch.tensor(self.shares)
+        if not self.joint:
+            return (
+                allocate(factors * keys, shares, self.key_bits),
+                allocate(factors * values, shares, self.value_bits),
+            )
+        count = len(keys) + len(values)
+        bits = (self.key_bits * len(keys) + self.value_bits * len(values)) / count
+        rates = allocate(factors * torch.cat([keys, values]), shares, bits)
+        return rates[:, : len(keys)], rates[:, len(keys) :]
+
+    def layouts(self, costs: list[tuple[Tensor, Tensor]]) -> list[list[Layouts]]:
+        """[layer][tier] -> layouts of keys and values, all layers from one budget.
+
+        Args:
+            costs: per layer, (heads, groups) of keys and of values. Layers may differ in both.
+        """
+        columns = [[side[i].flatten() for side in costs] for i in (0, 1)]
+        both = self.split(*(torch.cat(column) for column in columns))
+        per_side = [
+            [
+                [RowLayout(_tuples(tier)) for tier in piece.unflatten(-1, side[i].shape)]
+                for piece, side in zip(
+                    rates.split([len(x) for x in columns[i]], -1), costs, strict=True
+                )
+            ]
+            for i, rates in enumerate(both)
+        ]
+        return [list(zip(*layer, strict=True)) for layer in zip(*per_side, strict=True)]
+
+
+def _tuples(rates: Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(head) for head in rates.tolist())
+
+
+@dataclass(eq=False)
+class Profile:
+    """The profile of a model: layers by index, and where they come from.
+
+    Attributes:
+        fingerprint: of the model's config and weights (`nexusquant.hf.fingerprint`).
+        rope_page: page of the key frame that the statistics were taken in.
+        source: what text it was built from, for people.
+        tokens: how many.
+    """
+
+    fingerprint: str
+    rope_page: int
+    source: str
+    tokens: int
+    layers: dict[int, LayerProfile] = field(default_factory=dict)
+    complete: bool = False
+    _layouts: dict[Budget, dict[int, list[Layouts]]] = field(default_factory=dict)
+    _devices: dict[tuple[int, str, torch.device], Side] = field(default_factory=dict)
+
+    def side(self, layer: int, side: str, device: torch.device) -> Side:
+        """One layer's keys or values on a device."""
+        found: Side = getattr(self.layers[layer], side)
+        if found.forward.device == device:
+            return found
+        key = layer, side, device
+        if key not in self._devices:
+            self._devices[key] = found.to(device)
+        return self._devices[key]
+
+    def layouts(self, layer: int, budget: Budget) -> list[Layouts]:
+        """Row layouts of a layer's keys and values, per tier.
+
+        One budget for all layers once the profile is complete; while it is being built, each layer
+        has its own.
+        """
+        if not self.complete:
+            one = self.layers[layer]
+            return budget.layouts([one.costs(Shared.of([one]))])[0]
+        if budget not in self._layouts:
+            known = list(self.layers.values())
+            shared = Shared.of(known)
+            every = budget.layouts([one.costs(shared) for one in known])
+            self._layouts[budget] = dict(zip(self.layers, every, strict=True))
+        return self._layouts[budget][layer]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        sides = [getattr(layer, side) for layer in self.layers.values() for side in SIDES]
+        return sum(x.nbytes for side in sides for x in vars(side).values())
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """Write it, by default where new caches of this model find it. See `save_profile`."""
+        from nexusquant.profile_store import save_profile
+
+        return save_profile(self, path)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Profile:
+        return self  # shared by design

@@ -1,0 +1,141 @@
+"""Profiles as files: one safetensors file per model and key frame, with a JSON header.
+
+The file is plain tensors and a header that says what they are, so loading one cannot run code. It
+belongs to the model whose fingerprint it carries and is refused for any other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nexusquant.errors import ProfileError
+from nexusquant.profile import SIDES, LayerProfile, Profile, Side
+
+FORMAT = 1
+_FIELDS = ("forward", "inverse", "mean", "variance", "weight")
+
+
+def cache_dir() -> Path:
+    """Where nexusquant keeps files of this user: `$XDG_CACHE_HOME` or `~/.cache`, `/nexusquant`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nexusquant"
+
+
+def default_path(fingerprint: str, rope_page: int) -> Path:
+    """Where the profile of a model is looked for."""
+    return cache_dir() / "profiles" / f"{fingerprint}-page{rope_page}.safetensors"
+
+
+def save_profile(profile: Profile, path: str | Path | None = None) -> Path:
+    """Write a profile; the file appears whole or not at all.
+
+    Args:
+        path: default: where `NexusCache` and `nexusquant_evict` will find it.
+
+    Raises:
+        ProfileError: not a complete profile, or the disk does not take it.
+    """
+    target = Path(path) if path else default_path(profile.fingerprint, profile.rope_page)
+    if not profile.complete or not profile.layers:
+        raise ProfileError("this profile has no layers yet: run a prompt, or calibrate, first.")
+    tensors = {
+        f"{index}.{side}.{name}": getattr(getattr(layer, side), name).contiguous()
+        for index, layer in profile.layers.items()
+        for side in SIDES
+        for name in _FIELDS
+    }
+    header = {
+        "format": FORMAT,
+        "fingerprint": profile.fingerprint,
+        "rope_page": profile.rope_page,
+        "source": profile.source,
+        "tokens": profile.tokens,
+        "inverse_residual": {str(i): x.inverse_residual for i, x in profile.layers.items()},
+    }
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
+        os.close(handle)
+        try:
+            save_file(tensors, part, {"nexusquant": json.dumps(header, sort_keys=True)})
+            Path(part).replace(target)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise ProfileError(f"{target}: cannot write the profile ({error}).") from error
+    return target
+
+
+def load_profile(path: str | Path, fingerprint: str | None = None) -> Profile:
+    """Read a profile.
+
+    Args:
+        fingerprint: of the model it is for; None accepts any.
+
+    Raises:
+        ProfileError: unreadable, damaged, of another version of this package, or another model's.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = _header(path, file.metadata())
+            if fingerprint is not None and header["fingerprint"] != fingerprint:
+                raise ProfileError(
+                    f"{path} is the profile of another model: it was built for fingerprint"
+                    f" {header['fingerprint']}, this model has {fingerprint}. Build one with"
+                    " `nexusquant calibrate`."
+                )
+            names = set(file.keys())
+            layers = {
+                int(index): LayerProfile(
+                    *(_side(path, file, names, f"{index}.{side}") for side in SIDES), float(inverse)
+                )
+                for index, inverse in header["inverse_residual"].items()
+            }
+    except (OSError, SafetensorError) as error:
+        raise ProfileError(f"{path}: not a readable profile ({error}).") from error
+    return Profile(
+        header["fingerprint"], header["rope_page"], header["source"], header["tokens"], layers, True
+    )  # fmt: skip
+
+
+def _header(path: str | Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    try:
+        header: Any = json.loads((metadata or {})["nexusquant"])
+        kinds = {"fingerprint": str, "rope_page": int, "source": str, "tokens": int}
+        if header["format"] != FORMAT:
+            raise ProfileError(
+                f"{path} has format {header['format']}, this version of nexusquant reads {FORMAT}."
+                " Build it again with `nexusquant calibrate`."
+            )
+        if not all(isinstance(header[name], kind) for name, kind in kinds.items()):
+            raise TypeError
+        if not all(float(x) >= 0 and int(i) >= 0 for i, x in header["inverse_residual"].items()):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ProfileError(f"{path}: not a profile of nexusquant, or damaged.") from error
+    return dict(header)
+
+
+def _side(path: str | Path, file: Any, names: set[str], prefix: str) -> Side:
+    if missing := [name for name in _FIELDS if f"{prefix}.{name}" not in names]:
+        raise ProfileError(f"{path}: damaged, {prefix} lacks {', '.join(missing)}.")
+    tensors: list[Tensor] = [file.get_tensor(f"{prefix}.{name}") for name in _FIELDS]
+    forward = tensors[0]
+    heads, dim = (*forward.shape, 0, 0)[:2]
+    shapes = [(heads, dim, dim), (heads, dim, dim), (heads, dim), (heads, dim // 8), (heads,)]
+    ok = dim % 8 == 0 and all(
+        tuple(x.shape) == shape and x.dtype == torch.float32 and bool(torch.isfinite(x).all())
+        for x, shape in zip(tensors, shapes, strict=True)
+    )
+    if not ok:
+        raise ProfileError(f"{path}: damaged, {prefix} has tensors of the wrong shape or not finite.")
+    return Side(*tensors)
