@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from nexusquant.hf.cache import NexusCache
     from nexusquant.hf.context import nexusquant_evict
+    from nexusquant.profile_store import load_profile, save_profile
 
 __version__ = "0.1.0"
 
@@ -33,7 +34,9 @@ __all__ = [
     "__version__",
     "calibrate",
     "evaluate",
+    "load_profile",
     "nexusquant_evict",
+    "save_profile",
 ]
 
 _HOMES = {
@@ -47,7 +50,9 @@ _HOMES = {
     "ProfileError": "errors",
     "UnsupportedError": "errors",
     "calibrate": "calibration",
+    "load_profile": "profile_store",
     "nexusquant_evict": "hf.context",
+    "save_profile": "profile_store",
 }
 
 

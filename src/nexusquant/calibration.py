@@ -33,7 +33,7 @@ def calibrate(
     """The profile of a model from texts, in force for its caches from now on.
 
     Each text is cut into pieces of `tokens` tokens, and pieces are taken in turn from all texts
-    until there are `pieces` of them; each counts the same. Save it with `Profile.save`.
+    until there are `pieces` of them; each counts the same. `save_profile` keeps the result.
 
     Args:
         rope_page: key frame, as in `CompressionConfig`.
@@ -68,7 +68,11 @@ def calibrate(
 def _pieces(tokenizer: Any, texts: Iterable[str], tokens: int, count: int) -> list[Tensor]:
     """Up to `count` pieces (1, n), one of each text in turn."""
     queues = [
-        [piece for piece in _ids(tokenizer, text).split(tokens, dim=1) if piece.shape[1] >= MIN_TOKENS]
+        [
+            piece
+            for piece in _ids(tokenizer, text).split(tokens, dim=1)
+            if piece.shape[1] >= MIN_TOKENS
+        ]
         for text in texts
     ]
     chosen: list[Tensor] = []

@@ -67,7 +67,9 @@ class Stored:
 
     def map(self, fn: BatchFn) -> Stored:
         """Apply a batch operation to everything stored."""
-        return self._with_body([part.map(fn) for part in self.body], self.sinks and self.sinks.map(fn))
+        return self._with_body(
+            [part.map(fn) for part in self.body], self.sinks and self.sinks.map(fn)
+        )
 
     def drop_before(self, slot: int) -> Stored:
         """Without the tokens before `slot`, once enough of them are worth a copy."""
@@ -213,19 +215,18 @@ def _encode(
         members = split_tiers(scores, index.expand(-1, keys.shape[1], -1), config.tier_shares)
     else:
         members = split_tiers(scores, index, config.tier_shares)
-    new = [
-        CodedTokens.encode(
-            _fill(gather_tokens(keys, at), at), _fill(gather_tokens(values, at), at),
-            Slots.of(torch.where(at < 0, -1, slots.expand(-1, at.shape[1], -1).gather(2, at.clamp(min=0)))),
-            coding.centres, quantizers,
-        )
-        for at, quantizers in zip(members, coding.tiers, strict=True)
-    ]  # fmt: skip
+    new = []
+    for at, quantizers in zip(members, coding.tiers, strict=True):
+        gone = (at < 0)[..., None]
+        tier = slots.expand(-1, at.shape[1], -1).gather(2, at.clamp(min=0))
+        new.append(
+            CodedTokens.encode(
+                gather_tokens(keys, at).masked_fill(gone, 0),
+                gather_tokens(values, at).masked_fill(gone, 0),
+                Slots.of(torch.where(at < 0, -1, tier)), coding.centres, quantizers,
+            )
+        )  # fmt: skip
     return tuple(a.append(b) for a, b in zip(old, new, strict=True)) if old else tuple(new)
-
-
-def _fill(x: Tensor, at: Tensor) -> Tensor:
-    return x.masked_fill((at < 0)[..., None], 0)
 
 
 def _unscored(index: Tensor, tiers: int) -> list[Tensor]:

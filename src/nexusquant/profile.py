@@ -8,7 +8,6 @@ to the attention output. Row layouts follow from it for every budget. Built by
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -197,12 +196,6 @@ class Profile:
         """Bytes of all tensors."""
         sides = [getattr(layer, side) for layer in self.layers.values() for side in SIDES]
         return sum(x.nbytes for side in sides for x in vars(side).values())
-
-    def save(self, path: str | Path | None = None) -> Path:
-        """Write it, by default where new caches of this model find it. See `save_profile`."""
-        from nexusquant.profile_store import save_profile
-
-        return save_profile(self, path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Profile:
         return self  # shared by design

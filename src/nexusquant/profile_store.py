@@ -96,7 +96,9 @@ def load_profile(path: str | Path, fingerprint: str | None = None) -> Profile:
             names = set(file.keys())
             layers = {
                 int(index): LayerProfile(
-                    *(_side(path, file, names, f"{index}.{side}") for side in SIDES), float(inverse)
+                    _side(path, file, names, f"{index}.key"),
+                    _side(path, file, names, f"{index}.value"),
+                    float(inverse),
                 )
                 for index, inverse in header["inverse_residual"].items()
             }
@@ -137,5 +139,5 @@ def _side(path: str | Path, file: Any, names: set[str], prefix: str) -> Side:
         for x, shape in zip(tensors, shapes, strict=True)
     )
     if not ok:
-        raise ProfileError(f"{path}: damaged, {prefix} has tensors of the wrong shape or not finite.")
+        raise ProfileError(f"{path}: damaged, {prefix} has wrong shapes or values.")
     return Side(*tensors)

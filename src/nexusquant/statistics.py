@@ -189,15 +189,12 @@ class _Influence:
     value_weight: Tensor
 
 
-def _influence(
-    sample: Sample, gram: Tensor, scaling: float, softcap: float | None
-) -> _Influence:
+def _influence(sample: Sample, gram: Tensor, scaling: float, softcap: float | None) -> _Influence:
     """Weights of the two sides, and of every pair of query and key, one KV head at a time."""
     kv_heads, tokens, _ = sample.keys.shape
-    root = torch.linalg.cholesky(
-        gram + 1e-4 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=1e-12)
-        * torch.eye(gram.shape[-1], device=gram.device)
-    )  # fmt: skip
+    ridge = 1e-4 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[:, None, None]
+    eye = torch.eye(gram.shape[-1], device=gram.device)
+    root = torch.linalg.cholesky_ex(gram + ridge * eye).L
     hidden = torch.arange(tokens, device=gram.device) > sample.query_at[:, None]
     seen = (~hidden).float()
     seen[:, : sample.skip] = 0

@@ -13,6 +13,7 @@ from torch import Tensor
 from nexusquant.quantizer import Centre, Quantizer
 from nexusquant.slots import BatchFn, Slots
 
+
 def _fits(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in `dtype`, or unchanged if that would overflow."""
     y = x.to(dtype)

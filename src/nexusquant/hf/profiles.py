@@ -90,10 +90,10 @@ class ProfileBook:
         """The profile, if it knows the chunk's layer or can be built from this chunk."""
         if not self.wanted or chunk.queries is None:
             return self.profile
-        if self.profile is not None:
-            if self.profile.complete or chunk.layer_idx in self.profile.layers:
-                return self.profile
-        if _length(chunk) < MIN_TOKENS:
+        known = self.profile is not None and (
+            self.profile.complete or chunk.layer_idx in self.profile.layers
+        )
+        if known or _length(chunk) < MIN_TOKENS:
             return self.profile
         if self.profile is None:
             model = self._model()
@@ -168,12 +168,9 @@ def _statistics(
 ) -> LayerStatistics | None:
     """None if they are not finite: such input is refused where it is coded."""
     assert chunk.queries is not None
-    try:
-        found = layer_statistics(
-            chunk.keys, chunk.values, chunk.queries, start=chunk.start, valid=chunk.valid,
-            frame=frame, sinks=sinks, scaling=chunk.scaling, softcap=chunk.softcap, output=output,
-        )  # fmt: skip
-    except torch.linalg.LinAlgError:
-        return None
-    sides = [*vars(found.key).values(), *vars(found.value).values()]
-    return found if all(bool(torch.isfinite(x).all()) for x in sides) else None
+    found = layer_statistics(
+        chunk.keys, chunk.values, chunk.queries, start=chunk.start, valid=chunk.valid,
+        frame=frame, sinks=sinks, scaling=chunk.scaling, softcap=chunk.softcap, output=output,
+    )  # fmt: skip
+    moments = [*vars(found.key).values(), *vars(found.value).values()]
+    return found if all(bool(torch.isfinite(x).all()) for x in moments) else None

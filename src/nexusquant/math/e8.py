@@ -29,7 +29,16 @@ _CHUNK = 1 << 14  # groups encoded at a time: the temporaries stay in cache
 # Positive half of the levels for a unit Gaussian. Uniform: the spacing of minimal MSE. Companded:
 # Lloyd iteration on the code itself up to 4 bits, above that the high-rate optimum, quantiles of
 # the Gaussian's cubic-root density (Panter & Dite 1951). DISTORTION has the resulting MSE.
-_UNIFORM_STEP = {1: 0.79, 2: 0.4937, 3: 0.2917, 4: 0.1671, 5: 0.0938, 6: 0.0519, 7: 0.0284, 8: 0.0154}
+_UNIFORM_STEP = {
+    1: 0.79,
+    2: 0.4937,
+    3: 0.2917,
+    4: 0.1671,
+    5: 0.0938,
+    6: 0.0519,
+    7: 0.0284,
+    8: 0.0154,
+}
 _COMPANDED = {
     1: (0.405, 1.215),
     2: (0.2052, 0.6553, 1.1457, 1.8630),

@@ -1,4 +1,4 @@
-"""Token gains: four bits per token and head for the size of a coded vector, relative to its sequence.
+"""Token gains: four bits per token and head for the size of a vector, relative to its sequence.
 
 Sixteen values, finer where vectors are common (three per octave) and reaching up to 90 for the rare
 large ones. The quantizer divides by the *decoded* gain, so the coarse steps cost no accuracy of
