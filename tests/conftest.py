@@ -1,8 +1,9 @@
-"""Fixtures for every test: a fixed seed, and fresh memory full of poison on request."""
+"""Fixtures for every test: a fixed seed, no files of the user, poisoned memory on request."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,21 @@ def seed() -> int:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_user_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's cache directory is out of reach, also for fixtures of wider scope."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("session")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test finds the profiles that another one stored."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    return tmp_path / "user-cache" / "nexusquant"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nexusquant.budget import Selection, select_tokens
+from nexusquant.budget import Selection, select_tokens, split_tiers
 from nexusquant.errors import ConfigError, NonFiniteError
 
 
@@ -215,3 +215,72 @@ def test_non_finite_scores_are_counted(bad: float) -> None:
 def test_bad_arguments(scores: Tensor | None, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         select(scores, **changes)
+
+
+# -- tiers
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_tiers_are_the_ranks_of_a_plain_sort(data: st.DataObject) -> None:
+    batch, heads, tokens = (data.draw(st.integers(1, n)) for n in (3, 3, 50))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    levels = data.draw(st.sampled_from([2, 5, 1000]))  # few values make ties
+    scores = torch.randint(levels, (batch, heads, tokens), generator=generator) / levels - 0.5
+    per_head = data.draw(st.booleans())
+    width = heads if per_head else 1
+    chosen = torch.rand(batch, width, tokens, generator=generator) < data.draw(st.floats(0, 1))
+    kept = [[row.nonzero().flatten().tolist() for row in rows] for rows in chosen]
+    longest = max(len(row) for rows in kept for row in rows)
+    padded = [[row + [-1] * (longest - len(row)) for row in rows] for rows in kept]
+    weights = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    shares = [weight / sum(weights) for weight in weights]
+    index = torch.tensor(padded).view(batch, width, longest)
+    tiers = split_tiers(scores, index, shares)
+
+    assert len(tiers) == len(shares)
+    own = scores if per_head else scores.mean(1, keepdim=True)
+    widest = [0] * len(shares)
+    for b in range(batch):
+        for h in range(width):
+            of = own[b, h].tolist()
+            order = sorted(range(len(kept[b][h])), key=lambda i: -of[kept[b][h][i]])
+            begin = 0
+            for i, tier in enumerate(tiers):
+                assert tier.dtype == torch.int64
+                assert tier.shape[:2] == (batch, width)
+                entries = row(tier[b, h])
+                end = begin + len(entries)
+                assert abs(end - sum(shares[: i + 1]) * len(order)) <= 0.5001
+                assert entries == sorted(order[begin:end])
+                widest[i], begin = max(widest[i], len(entries)), end
+            assert begin == len(order), "every token is in one tier"
+    assert [tier.shape[2] for tier in tiers] == widest
+
+
+def test_tiers_of_a_known_row() -> None:
+    scores = torch.tensor([[[0.1, 9.0, 0.3, 7.0, 7.0, 0.2], [6.0, 1.0, 2.0, 3.0, 4.0, 5.0]]])
+    kept = torch.tensor([[[1, 2, 3, 4], [0, 5, -1, -1]]])
+    high, low = split_tiers(scores, kept, (0.5, 0.5))
+    assert high.tolist() == [[[0, 2], [0, -1]]]  # entries of kept: tokens 1 and 3, token 0
+    assert low.tolist() == [[[1, 3], [1, -1]]]
+    together = split_tiers(scores, kept[:, :1], (0.25, 0.25, 0.5))
+    assert [tier.tolist() for tier in together] == [[[[3]]], [[[0]]], [[[1, 2]]]]
+
+
+def test_one_tier_is_everything_and_nothing_stays_nothing() -> None:
+    kept = torch.tensor([[[0, 3, 4], [2, -1, -1]]])
+    (only,) = split_tiers(torch.zeros(1, 2, 5), kept, (1.0,))
+    assert only.tolist() == [[[0, 1, 2], [0, -1, -1]]]
+    for nothing in (kept[..., :0], torch.full((1, 2, 3), -1)):
+        tiers = split_tiers(torch.zeros(1, 2, 5), nothing, (0.2, 0.3, 0.5))
+        assert [tier.shape for tier in tiers] == [(1, 2, 0)] * 3
+
+
+def test_empty_entries_do_not_look_at_scores() -> None:
+    """They read token 0, whose score must not count again, be it the best or NaN."""
+    kept = torch.tensor([[[1, 2, -1, -1]]])
+    for first in (100.0, float("nan")):
+        scores = torch.tensor([[[first, 1.0, 2.0]]])
+        high, low = split_tiers(scores, kept, (0.5, 0.5))
+        assert (high.tolist(), low.tolist()) == ([[[1]]], [[[0]]])

@@ -12,12 +12,15 @@ from nexusquant import NexusQuantSimple
 from nexusquant.accounting import storage_bytes
 from nexusquant.codec import PackedKV
 from nexusquant.config import PRESETS, CompressionConfig
-from nexusquant.errors import ConfigError, NonFiniteError, UnsupportedError
+from nexusquant.errors import NonFiniteError
+from nexusquant.math.e8 import HEADROOM
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-# Mean squared error per dimension of unit Gaussians, token gain and fp16 mean included.
-LARGEST_MSE = {2: 0.101, 3: 0.0285, 4: 0.0078}
+# Mean squared error per dimension of unit Gaussians, token gain and fp16 centre included: of levels
+# made for Gaussians, and of those with the headroom that real caches want.
+OPTIMAL_MSE = {2: 0.101, 3: 0.0285, 4: 0.0078}
+LARGEST_MSE = {2: 0.117, 3: 0.0400, 4: 0.0127}
 
 
 def random_kv(
@@ -49,24 +52,43 @@ def test_shapes(batch: int, heads: int, tokens: int, dim: int, value_dim: int) -
         assert all(torch.isfinite(x).all() for x in back)
 
 
+@pytest.mark.parametrize("headroom", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_decoded_error_is_bounded(bits: int, dtype: torch.dtype) -> None:
+def test_decoded_error_is_bounded(bits: int, dtype: torch.dtype, headroom: bool) -> None:
     keys, values = (x.to(dtype) for x in random_kv())
-    codec = NexusQuantSimple("lossless", key_bits=bits, value_bits=bits, overload=1.0)
+    overload, largest = (1.0, LARGEST_MSE) if headroom else (1 / HEADROOM[bits], OPTIMAL_MSE)
+    codec = NexusQuantSimple(
+        "lossless", key_bits=bits, value_bits=bits, tiers=(), overload=overload
+    )
     for back, source in zip(codec.decode(codec.encode(keys, values)), (keys, values), strict=True):
         assert back.dtype == dtype
         error = (back.float() - source.float()).square()
-        assert float(error.mean()) < LARGEST_MSE[bits]
+        assert float(error.mean()) < largest[bits]
         assert float(error[:, :, :4].max()) < 1e-5, "sinks are stored uncoded"
 
 
 def test_keys_and_values_have_rates_of_their_own() -> None:
     keys, values = random_kv()
-    codec = NexusQuantSimple("lossless", key_bits=4, value_bits=2, overload=1.0)
+    codec = NexusQuantSimple("lossless", key_bits=4, value_bits=2, tiers=())
     back = codec.decode(codec.encode(keys, values))
     assert float((back[0] - keys).square().mean()) < LARGEST_MSE[4]
-    assert 0.09 < float((back[1] - values).square().mean()) < LARGEST_MSE[2]
+    assert 0.1 < float((back[1] - values).square().mean()) < LARGEST_MSE[2]
+
+
+def test_important_tokens_are_coded_better() -> None:
+    keys, values = random_kv(tokens=1000)
+    codec = NexusQuantSimple("lossless", scorer="key_norm", key_bits=2, value_bits=2)
+    back = codec.decode(codec.encode(keys, values))
+    rank = keys.norm(dim=-1)[:, :, 4:].argsort(-1).argsort(-1)  # the shortest keys matter most
+    for mine, source in zip(back, (keys, values), strict=True):
+        error = (mine - source).square().mean(-1)[:, :, 4:]
+        best, second, last = (
+            float(error[(rank >= a * 996) & (rank < b * 996)].mean())
+            for a, b in ((0, 0.11), (0.13, 0.45), (0.47, 1))
+        )
+        assert best < 0.6 * second
+        assert second < 0.6 * last
 
 
 def test_exact_codec_returns_what_it_was_given() -> None:
@@ -102,10 +124,10 @@ def test_nbytes_is_what_is_allocated(quality: str, dtype: torch.dtype) -> None:
     assert packed.compression_ratio == pytest.approx(2 * elements / packed.nbytes)
     assert packed.bits_per_element == pytest.approx(16 / packed.compression_ratio)
     config = PRESETS[quality]
-    per_token = (config.key_bits + config.value_bits) / 2 + 8 / 64  # codes and gains
+    per_token = (config.key_bits + config.value_bits) / 2 + 4 / 64  # codes and gains
     expected = (1 - config.evict_ratio) * per_token
-    # On top: 4 sinks and a mean per head at 16 bits, and a gap per kept token once some are gone.
-    assert expected < packed.bits_per_element < expected + 0.23
+    # On top: 4 sinks, a mean and a scale per head at 16 bits, and a bit per slot, head and tier.
+    assert expected < packed.bits_per_element < expected + 0.25
 
 
 def test_presets_are_ordered_and_known_by_both_names() -> None:
@@ -146,13 +168,13 @@ def test_evicted_tokens_are_zero_and_reported(per_head: bool, codec_name: str) -
     packed = codec.encode(keys, values)
     kept = codec.kept(packed)
     assert kept.dtype == torch.bool
-    assert (kept.sum(-1) == round(0.4 * 200)).all()
+    assert (kept.sum(-1) == round((1 - codec.config.evict_ratio) * 200)).all()
     assert kept[..., :4].all()
     assert kept[..., -32:].all()
     assert bool((kept == kept[:, :1]).all()) != per_head
     for back, source in zip(codec.decode(packed), (keys, values), strict=True):
         assert not back[~kept].any()
-        assert float((back[kept] - source[kept]).square().mean()) < 0.12
+        assert float((back[kept] - source[kept]).square().mean()) < 0.3
 
 
 @pytest.mark.parametrize("token", [20, 77, 150])
@@ -197,73 +219,26 @@ def test_views_and_odd_strides() -> None:
     assert torch.equal(codec.decode(codec.encode(strided, values))[0], expected[0])
 
 
-@pytest.mark.parametrize(
-    ("keys", "values", "message"),
-    [
-        ((2, 3, 10, 64), (2, 3, 11, 64), "(2, 3, 11, 64)"),
-        ((2, 3, 10, 64), (2, 4, 10, 64), "equal batch"),
-        ((3, 10, 64), (3, 10, 64), "(3, 10, 64)"),
-        ((2, 3, 10, 64), (2, 3, 10), "must be (batch"),
-        ((2, 3, 0, 64), (2, 3, 0, 64), "nothing to encode"),
-        ((0, 3, 10, 64), (0, 3, 10, 64), "nothing to encode"),
-        ((2, 3, 10, 64), (2, 3, 10, 0), "nothing to encode"),
-    ],
-    ids=str,
-)
-def test_shapes_that_do_not_fit(
-    keys: tuple[int, ...], values: tuple[int, ...], message: str
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        NexusQuantSimple().encode(torch.randn(keys), torch.randn(values))
-    assert message in str(caught.value)
+@pytest.mark.parametrize("size", [1e-4, 1e6, 1e15])
+def test_codes_are_relative_to_the_sequence(size: float) -> None:
+    """What counts is not how large vectors are, but how large next to each other."""
+    keys, values = random_kv(tokens=100)
+    codec = NexusQuantSimple(tiers=(), key_bits=2)
+    back = codec.decode(codec.encode(size * keys, values))[0]
+    assert float((back / size - keys).square().mean()) < LARGEST_MSE[2]
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
-@pytest.mark.parametrize("which", [0, 1])
-def test_only_floating_point_is_accepted(dtype: torch.dtype, which: int) -> None:
-    tensors = list(random_kv(tokens=10))
-    tensors[which] = tensors[which].to(dtype)
-    with pytest.raises(ConfigError, match=str(dtype)):
-        NexusQuantSimple().encode(*tensors)
-
-
-def test_queries_that_do_not_fit() -> None:
-    keys, values = random_kv(tokens=60)
-    with pytest.raises(ConfigError, match="query heads a multiple of KV heads"):
-        NexusQuantSimple("balanced").encode(keys, values, torch.randn(2, 4, 60, 64))
-
-
-@pytest.mark.parametrize(("dim", "value_dim"), [(12, 64), (64, 12), (4, 4)])
-def test_head_dims_that_are_no_multiple_of_8(dim: int, value_dim: int) -> None:
-    keys, values = random_kv(dim=dim, value_dim=value_dim)
-    with pytest.raises(UnsupportedError, match="not a multiple of 8"):
-        NexusQuantSimple().encode(keys, values)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
-@pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("token", [0, 100])
-def test_bad_numbers(bad: float, which: int, token: int) -> None:
-    tensors = random_kv()
-    tensors[which][1, 2, token] = bad
-    if token == 0 and bad == 1e30:  # an uncoded sink keeps any finite number
-        codec = NexusQuantSimple()
-        assert float(codec.decode(codec.encode(*tensors))[which][1, 2, 0, 5]) == pytest.approx(bad)
-        return
-    with pytest.raises(NonFiniteError, match="layer 0, tokens 0 to 199"):
-        NexusQuantSimple().encode(*tensors)
-
-
-def test_huge_values_are_refused_unless_stored_exactly() -> None:
-    keys, values = random_kv(tokens=50)
-    with pytest.raises(NonFiniteError, match="codec='exact'"):
-        NexusQuantSimple().encode(1e6 * keys, values)
+def test_one_vector_far_beyond_the_others_does_not_spoil_them() -> None:
+    """It is refused, with a way out, or the others keep their accuracy."""
+    keys, values = random_kv(tokens=100)
+    keys[1, 2, 50] *= 1e6
     codec = NexusQuantSimple(codec="exact")
-    assert torch.equal(codec.decode(codec.encode(1e6 * keys, values))[0], 1e6 * keys)
-
-
-def test_unknown_quality_and_setting() -> None:
-    with pytest.raises(ConfigError, match="'best'; known presets: lossless"):
-        NexusQuantSimple("best")
-    with pytest.raises(ConfigError, match="unknown setting bits"):
-        NexusQuantSimple(bits=3)
+    assert torch.equal(codec.decode(codec.encode(keys, values))[0], keys)
+    codec = NexusQuantSimple(tiers=(), key_bits=2)
+    try:
+        back = codec.decode(codec.encode(keys, values))[0]
+    except NonFiniteError as error:
+        assert "codec='exact'" in str(error)  # noqa: PT017
+        return
+    others = torch.arange(100) != 50
+    assert float((back - keys)[1, 2, others].square().mean()) < 0.2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import FrozenInstanceError, asdict, fields
@@ -12,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexusquant import PRESETS, CompressionConfig, ConfigError
-from nexusquant.config import CODECS, LEVELS, TRANSFORMS, resolve_config
+from nexusquant.config import ALLOCATIONS, CODECS, LEVELS, MAX_BITS, TRANSFORMS, resolve_config
 from nexusquant.errors import NexusQuantError
+from nexusquant.math.e8 import BITS
 from nexusquant.scorers import SCORERS
 
 natural = st.integers(0, 10**6)
-rate = st.floats(2, 4) | st.integers(2, 4)
+rate = st.floats(0, 8, exclude_min=True) | st.integers(1, 8)
+tiers = st.lists(st.floats(0.001, 0.999), max_size=7).filter(lambda x: sum(x) < 1).map(tuple)
 configs = st.builds(
     CompressionConfig,
     evict_ratio=st.floats(0, 1, exclude_max=True),
@@ -28,9 +31,13 @@ configs = st.builds(
     codec=st.sampled_from(CODECS),
     key_bits=rate,
     value_bits=rate,
+    allocation=st.sampled_from(ALLOCATIONS),
+    tiers=tiers,
+    tier_bits=st.floats(0, 4) | st.integers(0, 4),
     transform=st.sampled_from(TRANSFORMS),
     rope_page=natural,
     residual_length=st.integers(1, 10**6),
+    max_tokens=st.none() | st.integers(2 * 10**6 + 1, 10**9),
     levels=st.sampled_from(LEVELS),
     overload=st.floats(0.5, 4),
     seed=st.integers(0, 2**63 - 1),
@@ -41,7 +48,7 @@ configs = st.builds(
 def test_json_round_trip(config: CompressionConfig) -> None:
     text = config.to_json()
     assert CompressionConfig.from_json(text) == config
-    assert json.loads(text) == asdict(config)
+    assert json.loads(text) == {**asdict(config), "tiers": list(config.tiers)}
     assert hash(config) == hash(CompressionConfig.from_json(text))
 
 
@@ -57,7 +64,9 @@ def test_json_may_leave_fields_out() -> None:
         ("{", "not a JSON config"),
         ("[1]", "JSON object, got list"),
         ("null", "JSON object, got NoneType"),
-        ('{"colour": 1}', "unknown setting colour; known: codec, evict_ratio"),
+        ('{"colour": 1}', "unknown setting colour; known: allocation, codec"),
+        ('{"tiers": [0.6, 0.4]}', r"tiers=\(0.6, 0.4\)"),
+        ('{"tiers": 0.3}', "tiers=0.3"),
         ('{"sinks": -1}', "sinks=-1"),
         ('{"sinks": null}', "sinks=None"),
         ('{"evict_ratio": NaN}', "evict_ratio=nan"),
@@ -78,11 +87,32 @@ BAD: dict[str, list[Any]] = {
     "sinks": [*NOT_INTEGERS, -1],
     "recent": [*NOT_INTEGERS, -1],
     "codec": [*NOT_NAMES, "fp8"],
-    "key_bits": [*NOT_NUMBERS, 1, 1.99, 4.01, 5],
-    "value_bits": [*NOT_NUMBERS, 0, 1.99, 4.01, 8],
+    "key_bits": [*NOT_NUMBERS, 0, 0.0, -1, 8.01, 9],
+    "value_bits": [*NOT_NUMBERS, 0, -0.5, 8.01, 16],
+    "allocation": [*NOT_NAMES, "greedy"],
+    "tiers": [
+        *NOT_NAMES[:4],
+        0.3,
+        math.nan,
+        {0.3},
+        (0.0,),
+        (1.0,),
+        (1,),
+        (-0.1,),
+        (0.5, 0.5),
+        (0.3, 0.8),
+        (math.nan,),
+        (math.inf,),
+        ("0.1",),
+        (None,),
+        ((0.1,),),
+        (0.1,) * 8,
+    ],
+    "tier_bits": [*NOT_NUMBERS, -0.01, 4.01, 5],
     "transform": [*NOT_NAMES, "dct"],
     "rope_page": [*NOT_INTEGERS, -1],
     "residual_length": [*NOT_INTEGERS, 0, -1],
+    "max_tokens": [1.5, 200.0, "400", True, [4], 36, 0, -1, math.nan],
     "levels": [*NOT_NAMES, "lloyd"],
     "overload": [*NOT_NUMBERS, 0.49, 4.01, 0],
     "seed": [*NOT_INTEGERS, -1],
@@ -110,6 +140,7 @@ def test_names_come_with_what_is_allowed() -> None:
         ("codec", CODECS),
         ("transform", TRANSFORMS),
         ("levels", LEVELS),
+        ("allocation", ALLOCATIONS),
     ):
         with pytest.raises(ConfigError, match="one of " + ", ".join(allowed)):
             CompressionConfig(**{name: "nonsense"})
@@ -132,8 +163,44 @@ def test_presets() -> None:
     ratios = [PRESETS[name].evict_ratio for name in ("lossless", "high", "balanced", "max")]
     assert ratios[0] == 0
     assert ratios == sorted(set(ratios))
+    bits = [PRESETS[name].key_bits for name in ("lossless", "high", "balanced", "max")]
+    assert bits == sorted(set(bits), reverse=True)
     for name, config in PRESETS.items():
         assert resolve_config(name) is config
+        assert (config.transform, config.allocation) == ("klt", "joint")
+
+
+def test_the_highest_rate_is_the_highest_there_is_a_code_for() -> None:
+    assert max(BITS) == MAX_BITS
+    CompressionConfig(key_bits=MAX_BITS, value_bits=1e-3)
+
+
+@given(tiers, st.floats(0, 4))
+def test_tier_shares_and_factors(shares: tuple[float, ...], bits: float) -> None:
+    config = CompressionConfig(tiers=shares, tier_bits=bits)
+    assert config.tier_shares[:-1] == shares
+    assert sum(config.tier_shares) == pytest.approx(1)
+    assert min(config.tier_shares) > 0
+    factors = config.tier_factors
+    assert len(factors) == len(config.tier_shares)
+    assert factors[-1] == 1
+    for high, low in itertools.pairwise(factors):
+        assert high / low == pytest.approx(4**bits)
+
+
+def test_the_limit_leaves_room_for_sinks_and_recent_tokens() -> None:
+    assert CompressionConfig(sinks=3, recent=5, max_tokens=9).max_tokens == 9
+    with pytest.raises(ConfigError, match=r"max_tokens=8: must be None or .* at least 9 "):
+        CompressionConfig(sinks=3, recent=5, max_tokens=8)
+
+
+def test_tiers_may_be_a_list_or_none_at_all() -> None:
+    listed = CompressionConfig(tiers=[0.25, 0.5])
+    assert listed == CompressionConfig(tiers=(0.25, 0.5))
+    assert hash(listed) == hash(CompressionConfig(tiers=(0.25, 0.5)))
+    assert listed.tier_factors == (16.0, 4.0, 1.0)
+    alone = CompressionConfig(tiers=())
+    assert (alone.tier_shares, alone.tier_factors) == ((1,), (1.0,))
 
 
 def test_resolve_accepts_a_config_and_overrides() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nexusquant import NexusCache, NexusQuantSimple, evaluate, nexusquant_evict
+from nexusquant import PRESETS, NexusCache, NexusQuantSimple, evaluate, nexusquant_evict
 from nexusquant.accounting import storage_bytes
+from nexusquant.math.e8 import HEADROOM
 from tests.tiny_checkpoint import tiny_model, tiny_tokenizer
 
 VOCABULARY = ("lossless", "conservative", "high", "balanced", "aggressive", "max")
@@ -105,13 +106,16 @@ def test_preset_ratios_at_1536_tokens(quality, ratio):
     assert NexusQuantSimple(quality).encode(keys, values).compression_ratio >= ratio
 
 
-def test_presets_clip_outliers_less_than_gaussian_optimal_levels():
+@pytest.mark.parametrize(("bits", "bound"), [(2, 0.98), (3, 0.92), (4, 0.85)])
+def test_presets_clip_outliers_less_than_gaussian_optimal_levels(bits, bound):
     """Coordinates of real caches have heavy tails; Laplace stands in for them (docs/results)."""
     uniform = torch.rand(1, 1, 4000, 64) - 0.5
     keys = -uniform.sign() * torch.log1p(-2 * uniform.abs())
     error = {}
-    for name, overrides in (("preset", {}), ("optimal", {"overload": 1.0})):
-        codec = NexusQuantSimple("lossless", key_bits=2, transform="identity", **overrides)
+    for name, overload in (("preset", 1.0), ("optimal", 1 / HEADROOM[bits])):
+        settings = {"key_bits": bits, "transform": "identity", "tiers": ()}
+        codec = NexusQuantSimple("lossless", **settings, overload=overload)
         decoded = codec.decode(codec.encode(keys, keys))[0]
         error[name] = (decoded - keys).square().mean().item()
-    assert error["preset"] < 0.97 * error["optimal"]
+    assert {config.overload for config in PRESETS.values()} == {1.0}
+    assert error["preset"] < bound * error["optimal"]

@@ -1,147 +1,23 @@
-"""Slots as properties against plain lists, and the stored tokens around them."""
+"""Stored tokens, uncoded and coded: picked, appended, dropped and mapped without loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from nexusquant.accounting import storage_bytes
-from nexusquant.allocation import uniform_layout
-from nexusquant.quantizer import Quantizer
-from nexusquant.tokens import CodedTokens, ExactTokens, Slots, gather_tokens
+from nexusquant.layout import RowLayout
+from nexusquant.math.gains import encode_gain
+from nexusquant.quantizer import Centre, Orthonormal, Quantizer
+from nexusquant.slots import Slots
+from nexusquant.tokens import CodedTokens, ExactTokens, gather_tokens
 
 CPU = torch.device("cpu")
 
-
-@dataclass(frozen=True)
-class Lists:
-    """Slots stated plainly: one list of positions (-1 = empty) per batch row and head."""
-
-    rows: list[list[list[int]]]
-
-    @property
-    def tensor(self) -> Tensor:
-        return torch.tensor(self.rows, dtype=torch.long)
-
-    @property
-    def last(self) -> int:
-        return max((slot for heads in self.rows for row in heads for slot in row), default=-1)
-
-    def append(self, other: Lists) -> Lists:
-        heads = max(len(self.rows[0]), len(other.rows[0]))
-        mine, theirs = (
-            [row * (heads // len(row)) for row in lists.rows] for lists in (self, other)
-        )
-        return Lists(
-            [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(mine, theirs, strict=True)]
-        )
-
-    def drop(self, count: int) -> Lists:
-        return Lists([[row[count:] for row in heads] for heads in self.rows])
-
-    def leading_before(self, slot: int) -> int:
-        def leading(row: list[int]) -> int:
-            return next((i for i, at in enumerate(row) if at >= slot), len(row))
-
-        return min(leading(row) for heads in self.rows for row in heads)
-
-
-@st.composite
-def lists(draw: st.DrawFn, batch: int, heads: int, first: int, holes: bool) -> Lists:
-    """Ascending positions from `first` on; empty entries at the end, or anywhere (`holes`)."""
-    count = draw(st.integers(1, 6))
-    if draw(st.booleans()) and heads == 1:  # one contiguous run, which needs no storage
-        start = first + draw(st.integers(0, 3))
-        return Lists([[list(range(start, start + count))]] * batch)
-    gap = st.sampled_from([1, 1, 1, 2, 7, 255, 256, 300, 32767, 32768, 100_000])
-    rows = []
-    for _ in range(batch):
-        row = []
-        for _ in range(heads):
-            filled = draw(st.integers(0, count))
-            at, slots = first - 1, []
-            for _ in range(filled):
-                at += draw(gap)
-                slots.append(at)
-            for _ in range(count - filled):
-                place = draw(st.integers(0, len(slots))) if holes else len(slots)
-                slots.insert(place, -1)
-            row.append(slots)
-        rows.append(row)
-    return Lists(rows)
-
-
-def seen(slots: Slots, model: Lists) -> list[list[list[int]]]:
-    """What `slots` says, in the shape of the model."""
-    batch, heads = len(model.rows), len(model.rows[0])
-    return slots.positions(CPU).expand(batch, heads, -1).tolist()
-
-
-@settings(max_examples=400, deadline=None)
-@given(st.data(), st.integers(1, 3), st.sampled_from([1, 1, 2]), st.booleans())
-def test_slots_behave_like_lists(data: st.DataObject, batch: int, heads: int, holes: bool) -> None:
-    first = data.draw(st.integers(0, 40))
-    model = data.draw(lists(batch, heads, first, holes))
-    slots = Slots.of(model.tensor)
-    assert seen(slots, model) == model.rows
-    for step in data.draw(st.lists(st.sampled_from(["append", "drop", "map"]), max_size=4)):
-        if step == "append":
-            wide = data.draw(st.sampled_from([1, heads]))
-            more = data.draw(lists(batch, wide, model.last + 1, holes))
-            slots, model = slots.append(Slots.of(more.tensor), batch), model.append(more)
-        elif step == "drop":
-            count = data.draw(st.integers(0, slots.count))
-            slots, model = slots.drop(count), model.drop(count)
-        else:
-            order = data.draw(st.permutations(range(batch)))
-            slots = slots.map(lambda t, order=order: t[list(order)] if len(t) > 1 else t)
-            model = Lists([model.rows[i] for i in order])
-        assert slots.count == len(model.rows[0][0])
-        if slots.count:
-            assert seen(slots, model) == model.rows
-    for slot in (0, first, first + 1, model.last, model.last + 1, 300, 40_000):
-        assert slots.leading_before(slot) == model.leading_before(slot)
-
-
-def test_a_contiguous_run_stores_nothing() -> None:
-    slots = Slots.of(torch.arange(5, 1005).expand(2, 3, 1000))
-    assert slots == Slots(5, 1000)
-    longer = slots.append(Slots.of(torch.arange(1005, 1010).view(1, 1, -1)), 2).drop(10)
-    assert longer == Slots(15, 995)
-    assert storage_bytes(longer) == 0
-
-
-@pytest.mark.parametrize(
-    ("gap", "width"), [(2, 1), (255, 1), (256, 2), (32767, 2), (32768, 4), (10**6, 4)]
-)
-def test_gaps_take_the_narrowest_type(gap: int, width: int) -> None:
-    index = torch.tensor([[[3, 4, 4 + gap, 5 + gap]]])
-    slots = Slots.of(index)
-    assert torch.equal(slots.positions(CPU), index)
-    assert storage_bytes(slots) == 4 * width
-    shifted = Slots.of(torch.tensor([[[0, 2]]])).append(Slots.of(index + gap), 1)
-    assert shifted.positions(CPU).tolist() == [[[0, 2, *(index + gap).flatten().tolist()]]]
-
-
-def test_no_entries_and_only_empty_entries() -> None:
-    none = Slots.of(torch.zeros(2, 1, 0, dtype=torch.long))
-    assert none.positions(CPU).shape[-1] == 0
-    some = Slots.of(torch.tensor([[[4, 6]]]))
-    assert none.append(some, 2) is some
-    assert some.append(none, 2) is some
-    empty = Slots.of(torch.full((2, 1, 3), -1))
-    assert empty.positions(CPU).tolist() == [[[-1, -1, -1]]] * 2
-    assert empty.leading_before(0) == 3
-    both = empty.append(Slots.of(torch.tensor([[[0, 1]], [[-1, 7]]])), 2)
-    assert both.positions(CPU).tolist() == [[[-1, -1, -1, 0, 1]], [[-1, -1, -1, -1, 7]]]
-
-
-# -- stored tokens
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
 def test_gather_tokens_per_head_and_shared() -> None:
@@ -201,27 +77,131 @@ def test_exact_tokens_append_drop_and_map() -> None:
     assert torch.equal(turned.keys, both.keys.flip(0))
 
 
-def coded(x: Tensor, first: int, mean: Tensor) -> CodedTokens:
-    q = Quantizer(uniform_layout(x.shape[1], x.shape[-1], 3))
-    slots = Slots.of(first + torch.arange(x.shape[2]).view(1, 1, -1).expand(len(x), 1, -1))
-    codes = q.encode(x, mean), q.encode(-x, -mean)
-    return CodedTokens(*codes, mean, -mean, slots, q, q)
+KEY = Quantizer(RowLayout(((3, 0), (2, 5))), Orthonormal("hadamard", 16))
+VALUE = Quantizer(RowLayout(((1, 2, 0), (0, 0, 4))), Orthonormal("identity", 24))
+
+
+def centres(batch: int) -> tuple[Centre, Centre]:
+    key = Centre(torch.randn(batch, 2, 1, 16).half(), 1 + torch.rand(batch, 2, 1, 16).half())
+    return key, Centre(torch.randn(batch, 2, 1, 24).half())
+
+
+def vectors(batch: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys much smaller than values, so that swapped gains would be found out."""
+    keys, values = torch.randn(batch, 2, tokens, 16), torch.randn(batch, 2, tokens, 24)
+    return keys * 0.3 * torch.rand(batch, 2, tokens, 1), values * 20 * torch.rand(tokens, 1)
+
+
+def coded(
+    vectors: tuple[Tensor, Tensor], first: int, centres: tuple[Centre, Centre]
+) -> CodedTokens:
+    batch, _, tokens, _ = vectors[0].shape
+    slots = Slots.of(first + torch.arange(tokens).view(1, 1, -1).expand(batch, 1, -1))
+    return CodedTokens.encode(*vectors, slots, centres, (KEY, VALUE))
+
+
+def test_coded_tokens_are_what_the_quantizers_make_of_them() -> None:
+    x, c = vectors(2, 40), centres(2)
+    whole = coded(x, 5, c)
+    assert (whole.batch_size, whole.kv_heads, whole.device) == (2, 2, CPU)
+    assert whole.key_rows.shape == (2, 40, KEY.layout.row_bytes)
+    assert whole.value_rows.shape == (2, 40, VALUE.layout.row_bytes)
+    key_rows, key_gains = KEY.encode(x[0], c[0])
+    value_rows, value_gains = VALUE.encode(x[1], c[1])
+    assert torch.equal(whole.key_rows, key_rows)
+    assert torch.equal(whole.value_rows, value_rows)
+    assert whole.gains.dtype == torch.uint8
+    assert torch.equal(whole.gains.long(), key_gains.long() + 16 * value_gains.long())
+    assert torch.equal(whole.keys(), KEY.decode(key_rows, key_gains, c[0]))
+    assert torch.equal(whole.values(), VALUE.decode(value_rows, value_gains, c[1]))
+    coordinates = VALUE.coordinates(value_rows, value_gains)
+    assert torch.equal(whole.value_coordinates(), coordinates)
+
+
+def test_one_byte_holds_every_pair_of_gains() -> None:
+    layout = RowLayout(((8,),))
+    q = Quantizer(layout, Orthonormal("identity", 8))
+    size = torch.logspace(-3, 6.9, 60, base=2)
+    keys = size.repeat(60)[:, None].expand(-1, 8)
+    values = size.repeat_interleave(60)[:, None].expand(-1, 8)
+    plain = Centre(torch.zeros(1, 1, 1, 1))
+    part = CodedTokens.encode(
+        keys[None, None], values[None, None], Slots(0, 3600), (plain, plain), (q, q)
+    )
+    expected = encode_gain(keys[:, 0]).long() + 16 * encode_gain(values[:, 0]).long()
+    assert torch.equal(part.gains[0, 0].long(), expected)
+    assert part.gains.unique().numel() == 256
+    for back, x in ((part.keys(), keys), (part.values(), values)):
+        torch.testing.assert_close(back[0, 0], x, rtol=0.05, atol=0.01)
 
 
 def test_coded_tokens_append_drop_and_map() -> None:
-    x, mean = torch.randn(2, 2, 40, 16), torch.randn(2, 2, 1, 16).half()
-    whole = coded(x, 5, mean)
-    assert (whole.kv_heads, whole.device) == (2, CPU)
-    both = coded(x[:, :, :30], 5, mean).append(coded(x[:, :, 30:], 35, mean))
-    assert torch.equal(both.keys.rows, whole.keys.rows)
-    assert torch.equal(both.values.gains, whole.values.gains)
+    (keys, values), c = vectors(2, 40), centres(2)
+    whole = coded((keys, values), 5, c)
+    first = coded((keys[:, :, :30], values[:, :, :30]), 5, c)
+    both = first.append(coded((keys[:, :, 30:], values[:, :, 30:]), 35, c))
+    for name in ("key_rows", "value_rows", "gains"):
+        assert torch.equal(getattr(both, name), getattr(whole, name))
     assert both.slots == whole.slots == Slots(5, 40)
     rest = both.drop(35)
-    assert torch.equal(rest.values.rows, whole.values.rows[:, :, 35:])
+    assert torch.equal(rest.keys(), whole.keys()[:, :, 35:])
+    assert torch.equal(rest.values(), whole.values()[:, :, 35:])
     assert rest.slots == Slots(40, 5)
-    assert storage_bytes(rest) < storage_bytes(both) / 3
+    bare = [replace(p, key_centre=Centre(), value_centre=Centre()) for p in (rest, both)]
+    assert storage_bytes(bare[0]) == storage_bytes(bare[1]) // 8
     turned = whole.map(lambda t: t.flip(0))
-    decoded = [p.key_quantizer.decode(p.keys, p.key_mean) for p in (turned, whole)]
-    assert torch.equal(decoded[0], decoded[1].flip(0))
-    decoded = [p.value_quantizer.decode(p.values, p.value_mean) for p in (turned, whole)]
-    assert torch.equal(decoded[0], decoded[1].flip(0))
+    assert torch.equal(turned.keys(), whole.keys().flip(0))
+    assert torch.equal(turned.values(), whole.values().flip(0))
+    assert torch.equal(first.keys(), whole.keys()[:, :, :30]), "unchanged by what came after"
+
+
+def test_parts_are_views() -> None:
+    whole = coded(vectors(2, 40), 5, centres(2))
+    part = whole.part(slice(7, 20))
+    assert torch.equal(part.keys(), whole.keys()[:, :, 7:20])
+    assert torch.equal(part.value_coordinates(), whole.value_coordinates()[:, :, 7:20])
+    assert part.slots is whole.slots
+    for name in ("key_rows", "value_rows", "gains"):
+        storages = [getattr(p, name).untyped_storage().data_ptr() for p in (part, whole)]
+        assert storages[0] == storages[1]
+
+
+def test_picking_entries_head_by_head() -> None:
+    x, at = vectors(2, 30), torch.randint(1, 9, (2, 2, 30)).cumsum(-1)
+    at[1, 0, 25:] = -1
+    index = torch.rand(2, 2, 30).argsort(-1)[..., :11].sort(-1).values
+    coded_part = CodedTokens.encode(*x, Slots.of(at), centres(2), (KEY, VALUE))
+    exact_part = ExactTokens(*x, Slots.of(at))
+    slots = at.gather(2, index)
+    for whole in (coded_part, exact_part):
+        part = whole.pick(index)
+        assert torch.equal(part.slots.positions(CPU), slots)
+        both = [(p.keys, p.values) for p in (part, whole)]
+        if isinstance(part, CodedTokens):
+            both = [(p.keys(), p.values()) for p in (part, whole)]
+        for mine, source in zip(*both, strict=True):
+            for b in range(2):
+                for head in range(2):
+                    assert torch.equal(mine[b, head], source[b, head, index[b, head]])
+    assert coded_part.pick(index[..., :0]).slots.count == 0
+
+
+def test_slots_may_differ_by_head() -> None:
+    x, index = vectors(2, 9), torch.randint(1, 300, (2, 2, 9)).cumsum(-1)
+    index[1, 0, 6:] = -1
+    part = CodedTokens.encode(*x, Slots.of(index), centres(2), (KEY, VALUE))
+    grown = part.append(coded(vectors(2, 3), 4000, (part.key_centre, part.value_centre)))
+    behind = torch.arange(4000, 4003).expand(2, 2, 3)
+    assert torch.equal(grown.slots.positions(CPU), torch.cat([index, behind], -1))
+    assert torch.equal(grown.keys()[:, :, :9], part.keys())
+
+
+def test_no_tokens_at_all() -> None:
+    """A tier that nothing fell into."""
+    c = centres(2)
+    none = coded(vectors(2, 0), 0, c)
+    assert none.keys().shape == (2, 2, 0, 16)
+    assert none.values().shape == (2, 2, 0, 24)
+    some = coded(vectors(2, 4), 7, c)
+    assert torch.equal(none.append(some).values(), some.values())
+    assert none.append(some).slots == some.append(none).slots == Slots(7, 4)

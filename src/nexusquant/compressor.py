@@ -67,7 +67,7 @@ class Stored:
 
     def map(self, fn: BatchFn) -> Stored:
         """Apply a batch operation to everything stored."""
-        return self._with_body(
+        return self.with_body(
             [part.map(fn) for part in self.body], self.sinks and self.sinks.map(fn)
         )
 
@@ -78,10 +78,11 @@ class Stored:
             count = part.slots.leading_before(slot)
             worth = count >= _WORTH_A_COPY or count == part.slots.count
             body.append(part.drop(count) if count and worth else part)
-        return self._with_body(body, self.sinks)
+        return self.with_body(body)
 
-    def _with_body(self, body: list[Any], sinks: ExactTokens | None) -> Stored:
-        return Stored(sinks, tuple(body))
+    def with_body(self, body: list[Any], sinks: ExactTokens | None = None) -> Stored:
+        """The same sinks (or others) with another body."""
+        return Stored(sinks or self.sinks, tuple(body))
 
     @property
     def count(self) -> int:

@@ -39,6 +39,9 @@ class CompressionConfig:
             1 removes RoPE altogether, 0 leaves it on.
         residual_length: the uncoded tail is compressed when it reaches this many tokens. Only
             forward passes over at least as many tokens evict; decoded tokens are only coded.
+        max_tokens: most tokens stored per head and full-attention layer, uncoded tail not counted.
+            When a block makes it more, those that the latest queries attend to least are dropped,
+            so a generation of any length takes bounded memory. None for no limit.
         levels: reconstruction levels of the lattice code, "companded" or "uniform".
         overload: factor on the code's range; above 1 trades granular noise for fewer clipped
             outliers. 1 is where the KL was lowest.
@@ -68,6 +71,7 @@ class CompressionConfig:
     transform: str = "klt"
     rope_page: int = 32
     residual_length: int = 32
+    max_tokens: int | None = None
     levels: str = "companded"
     overload: float = 1.0
     seed: int = 0
@@ -113,6 +117,11 @@ class CompressionConfig:
         need(
             number("residual_length") and self.residual_length >= 1, "residual_length", "at least 1"
         )
+        least = self.sinks + self.recent + 1
+        need(
+            self.max_tokens is None or (number("max_tokens") and self.max_tokens >= least),
+            "max_tokens", f"None or an integer of at least {least} (sinks + recent + 1)",
+        )  # fmt: skip
         need(number("overload", real) and 0.5 <= self.overload <= 4, "overload", "from 0.5 to 4")
 
     @property
@@ -151,14 +160,14 @@ class CompressionConfig:
         return replace(self, **overrides)
 
 
-_HIGH = CompressionConfig(evict_ratio=0.2, key_bits=1.9, value_bits=1.9)
-_MAX = CompressionConfig(evict_ratio=0.70, key_bits=1.2, value_bits=1.2)
+_HIGH = CompressionConfig(evict_ratio=0.2, key_bits=1.78, value_bits=1.78)
+_MAX = CompressionConfig(evict_ratio=0.45, key_bits=0.67, value_bits=0.67)
 
 PRESETS: dict[str, CompressionConfig] = {
-    "lossless": CompressionConfig(key_bits=2.3, value_bits=2.3),
+    "lossless": CompressionConfig(key_bits=2.15, value_bits=2.15),
     "high": _HIGH,
     "conservative": _HIGH,
-    "balanced": CompressionConfig(evict_ratio=0.50, key_bits=1.65, value_bits=1.65),
+    "balanced": CompressionConfig(evict_ratio=0.4, key_bits=1.375, value_bits=1.375),
     "max": _MAX,
     "aggressive": _MAX,
 }

@@ -39,6 +39,13 @@ def demo_text() -> str:
     return "\n\n".join(topics[name].strip() for name in _TOPICS)
 
 
+def reference_text() -> str:
+    """All help topics of the language reference, about 300 KB."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name].strip() for name in sorted(topics))
+
+
 def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> tuple[str, int]:
     """The first `count` tokens of `text` as text, and how many tokens `text` has in all."""
     ids = tokenizer(text, add_special_tokens=False).input_ids

@@ -53,6 +53,11 @@ class RowLayout:
         """(heads, groups) bool: rates above 0."""
         return torch.tensor(self.rates, device=device) > 0
 
+    def head_of_byte(self, device: torch.device) -> Tensor:
+        """(row_bytes,) int64: which head a byte of the row belongs to."""
+        sizes = torch.tensor([sum(head) for head in self.rates], device=device)
+        return torch.arange(self.heads, device=device).repeat_interleave(sizes)
+
     def encode(self, x: Tensor, codes: dict[int, E8Code]) -> Tensor:
         """x (batch, heads, tokens, dim) of unit variance -> (batch, tokens, row_bytes) uint8."""
         batch, _, tokens, _ = x.shape

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nexusquant.math.e8 import GROUP
 from nexusquant.math.klt import weighted_klt
@@ -27,8 +27,8 @@ from nexusquant.profile import LayerProfile, Side
 MIN_TOKENS = 512
 """Tokens that a profile needs at least (docs/results: KL against the length it was built from)."""
 
-_QUERIES = 48  # sampled per head
-_PAGES = 64  # pages of keys, evenly spaced, that the key metric looks at
+_QUERIES = 32  # sampled per head
+_PAGES = 32  # pages of keys, evenly spaced, that the key metric looks at
 _INFLUENCE = 0.25  # share of influence in the key metric
 
 
@@ -227,9 +227,9 @@ def _key_metric(sample: Sample, per_key: Tensor, frame: KeyFrame) -> Tensor:
     kv_heads, dim = per_key.shape[0], sample.keys.shape[-1]
     queries = sample.queries.unflatten(0, (kv_heads, -1)).flatten(1, 2)
     size = max(frame.page, 16) if frame.rotates else per_key.shape[-1]
-    blocks = per_key.split(size, -1)
-    stride = max(1, len(blocks) // _PAGES)
-    share = torch.stack([block.sum(-1) for block in blocks[::stride]], 1)
+    stride = max(1, per_key.shape[-1] // size // _PAGES)
+    blocks = nn.functional.pad(per_key, (0, -per_key.shape[-1] % size)).unflatten(-1, (-1, size))
+    share = blocks[..., ::stride, :].sum(-1).mT  # (kv_heads, blocks, queries)
     weighted = share[..., None] * queries[:, None]
     moments = weighted.mT @ queries[:, None]  # (heads, blocks, dim, dim)
     if frame.rotates:

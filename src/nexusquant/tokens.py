@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nexusquant.layout import RowLayout
 from nexusquant.quantizer import Centre, Quantizer
 from nexusquant.slots import BatchFn, Slots
 
@@ -74,6 +75,12 @@ class ExactTokens:
         """Without the first `count` entries, in storage of its own."""
         keys, values = (x[:, :, count:].clone() for x in (self.keys, self.values))
         return ExactTokens(keys, values, self.slots.drop(count))
+
+    def pick(self, index: Tensor) -> ExactTokens:
+        """Only the entries at `index` (batch, kv_heads, n), ascending."""
+        at = self.slots.positions(self.device).expand(*index.shape[:2], -1).gather(2, index)
+        keys, values = (gather_tokens(x, index) for x in (self.keys, self.values))
+        return ExactTokens(keys, values, Slots.of(at))
 
     def map(self, fn: BatchFn) -> ExactTokens:
         """Apply a batch operation (reorder, repeat, select) to everything stored."""
@@ -166,6 +173,21 @@ class CodedTokens:
         """Without the first `count` entries, in storage of its own."""
         rest = self.part(slice(count, None))
         return replace(rest._tensors(torch.clone), slots=self.slots.drop(count))
+
+    def pick(self, index: Tensor) -> CodedTokens:
+        """Only the entries at `index` (batch, kv_heads, n), ascending: another choice per head."""
+        at = self.slots.positions(self.device).expand(*index.shape[:2], -1).gather(2, index)
+
+        def rows(x: Tensor, layout: RowLayout) -> Tensor:
+            return x.gather(1, index.mT[..., layout.head_of_byte(x.device)])
+
+        return replace(
+            self,
+            key_rows=rows(self.key_rows, self.key_quantizer.layout),
+            value_rows=rows(self.value_rows, self.value_quantizer.layout),
+            gains=self.gains.gather(2, index),
+            slots=Slots.of(at),
+        )
 
     def map(self, fn: BatchFn) -> CodedTokens:
         """Apply a batch operation (reorder, repeat, select) to everything stored."""

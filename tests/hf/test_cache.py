@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from nexusquant import CompressionConfig, NexusCache, nexusquant_evict
 from nexusquant.hf.layer import CompactLayer
+from tests.chunks import body_slots
 from tests.hf.models import (
     WINDOW,
     assert_same_run,
@@ -60,9 +61,11 @@ def test_every_prefill_chunk_is_evicted(kind: str) -> None:
     # 32 -> 16 in every chunk, the four sinks of the first among them
     assert [layer.stored.count for layer in full] == [48] * len(full)
     for layer in full:
-        at = layer.stored.body.slots.positions(torch.device("cpu"))
-        assert [int(((at >= b) & (at < b + 32)).sum()) for b in (0, 32, 64)] == [24, 32, 32]
-        assert bool((at.diff(dim=-1) > 0).all())
+        for heads in body_slots(layer.stored, 1, 2):
+            for slots in heads:
+                chunks = [sum(b <= slot < b + 32 for slot in slots) for b in (0, 32, 64)]
+                assert chunks == [12, 16, 16]
+        assert len(layer.stored.body) == 3, "tiers"
     with nexusquant_evict(model, HALF) as run:
         generate(model, prompt(96), 1, prefill_chunk_size=32)
     assert run.stats.nbytes == cache.nbytes

@@ -43,7 +43,7 @@ def compact(cache: Any) -> bool:
     ("arguments", "message"),
     [
         ({"quality": "ultra"}, "known presets: lossless, high"),
-        ({"bits": 2}, "unknown setting bits; known: codec"),
+        ({"bits": 2}, "unknown setting bits; known: allocation, codec"),
         ({"evict_ratio": 1.5}, "evict_ratio=1.5: must be in"),
         ({"scorer": "oracle"}, "scorer='oracle': must be one of"),
     ],
@@ -221,7 +221,7 @@ def test_output_attentions_over_codes_is_refused() -> None:
 
 def test_reading_evicted_keys_is_refused_and_coded_ones_are_decoded() -> None:
     model = tiny()
-    full, evicted = NexusCache(model, "lossless"), NexusCache(model, "max")
+    full, evicted = NexusCache(model, "lossless", tiers=()), NexusCache(model, "max")
     with torch.no_grad():
         for cache in (full, evicted):
             model(prompt(60), past_key_values=cache)

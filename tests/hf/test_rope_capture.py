@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from nexusquant import CompressionConfig, NexusCache
 from nexusquant.hf.rope_tables import RopeBook, RotaryCall, rotary_frequencies
 from tests.hf.models import assert_same_run, generate, left_padded, prompt, step_logits, tiny
 
-KEEP = CompressionConfig(residual_length=100_000)  # everything waits, uncoded, with its rows
+# Everything waits, uncoded, with its rows; RoPE is removed altogether.
+KEEP = CompressionConfig(residual_length=100_000, rope_page=1)
 CODED = CompressionConfig(residual_length=8, recent=4)
 LLAMA3 = {
     "rope_type": "llama3",
@@ -91,6 +93,25 @@ def test_scalings(name: str) -> None:
     assert len({id(layer.rope.table) for layer in cache.layers}) == 1
 
 
+@pytest.mark.parametrize("page", [8, 32])
+@pytest.mark.parametrize("name", ["default", "linear", "yarn", "llama3"])
+def test_keys_are_turned_back_to_the_start_of_their_page(name: str, page: int) -> None:
+    """In the frame, a key at position p looks as if it were at position p mod page."""
+    model = scaled(name)
+    cache, keys = NexusCache(model, KEEP, rope_page=page), Keys(model)
+    feed(model, cache, prompt(100, batch=2), [40, 40, *[1] * 20])
+    cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(100)[None] % page)
+    # Yarn's rows also scale, which the frame undoes with the rotation.
+    scaling = model.model.rotary_emb.attention_scaling
+    slots = torch.arange(100).view(1, 1, -1)
+    for index, layer in enumerate(cache.layers):
+        mine = layer.frame().enter(layer.tail_keys, slots)
+        _, want = apply_rotary_pos_emb(keys[index], keys[index], cos / scaling, sin / scaling)
+        torch.testing.assert_close(mine, want, rtol=0, atol=2e-5)
+        back = layer.frame().leave(mine, slots)
+        torch.testing.assert_close(back, layer.tail_keys, rtol=0, atol=2e-5)
+
+
 def test_gemma3_has_one_table_per_kind_of_layer() -> None:
     model = tiny("gemma3")
     cache, keys = NexusCache(model, KEEP), Keys(model)
@@ -126,7 +147,7 @@ def test_left_padding_and_explicit_positions() -> None:
 def test_coded_keys_come_back_in_every_scaling(name: str) -> None:
     """4-bit codes of un-rotated keys, rotated back: near the stock keys, at every slot."""
     model = scaled(name)
-    settings = CODED.replace(key_bits=4, value_bits=4, sinks=0)
+    settings = CODED.replace(key_bits=4, value_bits=4, sinks=0, tiers=())
     cache = NexusCache(model, settings)
     feed(model, cache, prompt(96), [40, 40, *[1] * 16])
     reference = NexusCache(model, KEEP)

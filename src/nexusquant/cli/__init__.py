@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from nexusquant.cli.answer import demo, generate
+from nexusquant.cli.calibrate import calibrate
 from nexusquant.cli.measure import evaluate, presets
 from nexusquant.errors import NexusQuantError
 
@@ -53,5 +54,5 @@ def main(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-for command in (demo, generate, evaluate, presets):
+for command in (demo, generate, evaluate, calibrate, presets):
     app.command()(command)

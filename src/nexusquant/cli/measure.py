@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from nexusquant.cli.common import Device, Dtype, Model, folder, read
+from nexusquant.cli.record import check_writable, write_json
+from nexusquant.cli.runs import Bench, numbers
 from nexusquant.errors import ConfigError
-
-if TYPE_CHECKING:
-    from nexusquant.config import CompressionConfig
 
 
 def evaluate(
@@ -26,6 +25,21 @@ def evaluate(
     decode: Annotated[
         int, typer.Option(min=0, help="Also feed this many tokens one by one: time and ratio.")
     ] = 0,
+    drift: Annotated[
+        int,
+        typer.Option(min=0, help="Also decode this many tokens (2000, say): KL along them."),
+    ] = 0,
+    needles: Annotated[
+        bool, typer.Option("--needles", help="Also ask for codes hidden in the text.")
+    ] = False,
+    lengths: Annotated[str, typer.Option(help="--needles: tokens of the prefixes.")] = "1024,2048",
+    depths: Annotated[
+        str, typer.Option(help="--needles: where the codes are, 0 to 1.")
+    ] = "0.1,0.3,0.5,0.7,0.9",
+    rounds: Annotated[int, typer.Option(min=1, help="--needles: prefixes per length.")] = 2,
+    json: Annotated[
+        Path | None, typer.Option(help="Write all results of this run to a file.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -33,44 +47,67 @@ def evaluate(
 
     Without --text the text is the Python language reference that every Python carries.
     """
+    sizes, places = numbers(lengths, "--lengths", int), numbers(depths, "--depths", float)
+    if decode > continuation:
+        raise ConfigError(f"--decode {decode}: at most --continuation {continuation}.")
+    if drift == 1:
+        raise ConfigError("--drift 1: needs at least 2 tokens to compare.")
+    if json is not None:
+        check_writable(json)
+    from nexusquant import __version__
     from nexusquant import demo as lab
-    from nexusquant.cli.tables import decoding_table, divergence_table
+    from nexusquant.cli.tables import (
+        decoding_table,
+        divergence_table,
+        drift_table,
+        needle_table,
+    )
     from nexusquant.config import resolve_config
-    from nexusquant.evaluate import DEFAULT_PRESETS, decoding, divergence
+    from nexusquant.evaluate import DEFAULT_PRESETS
     from nexusquant.loading import load_model
     from nexusquant.progress import progress_steps, quiet_transformers
 
-    presets = quality or list(DEFAULT_PRESETS)
-    configs = {name: resolve_config(name) for name in presets}
-    if decode > continuation:
-        raise ConfigError(f"--decode {decode}: at most --continuation {continuation}.")
+    configs = {name: resolve_config(name) for name in quality or DEFAULT_PRESETS}
     texts = {str(path): read(path) for path in text or []} or {
         "language reference": lab.demo_text()
     }
     with quiet_transformers(), progress_steps() as progress:
         network, tokenizer = load_model(folder(model, progress), dtype, device)
-        results, decoded = [], []
-        for name, content in texts.items():
-            ids = tokenizer(content, return_tensors="pt").input_ids[:, : prefix + continuation]
-            if ids.shape[1] < prefix + continuation:
-                raise ConfigError(
-                    f"{name}: {ids.shape[1]} tokens are fewer than --prefix {prefix} +"
-                    f" --continuation {continuation}."
-                )
-            for preset, config in configs.items():
-                progress.step(f"{name}: {preset}")
-                result = divergence(network, ids.to(network.device), prefix, config)
-                results.append((preset, name, result))
-        baseline: dict[str, CompressionConfig | None] = {"uncompressed": None}
-        for name, config_or_none in (baseline | configs).items() if decode else ():
-            progress.step(f"decoding: {name}")
-            steps = ids[:, : prefix + decode].to(network.device)
-            decoded.append((name, decoding(network, steps, prefix, config_or_none)))
+        bench = Bench(network, tokenizer, texts, configs, progress)
+        bench.need(prefix + continuation, f"--prefix {prefix} + --continuation {continuation}")
+        if drift:
+            bench.need(prefix + drift, f"--prefix {prefix} + --drift {drift}")
+        if needles:
+            bench.need(max(sizes), f"--lengths {lengths}")
+            bench.needles_fit(sizes, places, rounds)
+        divergences = bench.divergences(prefix, continuation)
+        decodings = bench.decodings(prefix, decode) if decode else []
+        drifts = bench.drifts(prefix, drift) if drift else []
+        grids = bench.needles(sizes, places, rounds) if needles else []
+    console = Console()
     title = f"{model}, {prefix} tokens compressed, {continuation} scored"
-    Console().print(divergence_table(results, title))
-    if decoded:
+    console.print(divergence_table(divergences, title))
+    if decodings:
         title = f"{model}, {decode} tokens one by one behind {prefix}"
-        Console().print(decoding_table(decoded, title))
+        console.print(decoding_table(decodings, title))
+    for name in texts if drifts else ():
+        typer.echo(f"{name}: KL along {drift} tokens decoded one by one behind {prefix}")
+        console.print(drift_table([(preset, each) for preset, of, each in drifts if of == name]))
+    for preset, grid in grids:
+        typer.echo(f"{preset}: share of the hidden codes still found, by depth and prefix length")
+        console.print(needle_table(grid))
+    if json is not None:
+        keys = ("quality", "text", "result")
+        results = {
+            "nexusquant": __version__, "model": model, "dtype": network.dtype,
+            "device": network.device, "prefix": prefix, "continuation": continuation,
+            "configs": configs,
+            "divergence": [dict(zip(keys, row, strict=True)) for row in divergences],
+            "decoding": [{"quality": name, "result": each} for name, each in decodings],
+            "drift": [dict(zip(keys, row, strict=True)) for row in drifts],
+            "needles": [{"quality": name, "result": each} for name, each in grids],
+        }  # fmt: skip
+        write_json(json, results)
 
 
 def presets() -> None:

@@ -8,9 +8,12 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
-    from nexusquant.evaluate import Decoding, Divergence
+    from nexusquant.evaluate import Decoding, Divergence, Drift, NeedleGrid
+
+_HEAT = ((0.95, "green"), (0.8, "yellow"), (0.5, "dark_orange"), (0.0, "red"))
 
 
 def divergence_table(results: Sequence[tuple[str, str, Divergence]], title: str) -> Table:
@@ -50,4 +53,55 @@ def decoding_table(results: Sequence[tuple[str, Decoding]], title: str) -> Table
             f"{result.after_prefill.compression_ratio:.2f}",
             f"{result.after_steps.compression_ratio:.2f}",
         )  # fmt: skip
+    return table
+
+
+def needle_table(grid: NeedleGrid) -> Table:
+    """Share of the known answer tokens that are kept: depths down, lengths across, as heat."""
+    table = Table()
+    table.add_column("depth", justify="right")
+    for length, ratio in grid.ratios.items():
+        table.add_column(f"{length:,}\n{ratio:.1f}x", justify="right")
+    for depth in sorted({cell.depth for cell in grid.cells}):
+        row = [cell.share for cell in grid.cells if cell.depth == depth]
+        table.add_row(f"{depth:.2f}", *map(_heat, row))
+    table.add_section()
+    columns = [[cell for cell in grid.cells if cell.length == length] for length in grid.ratios]
+    known = [sum(cell.known for cell in column) for column in columns]
+    asked = [sum(cell.asked for cell in column) for column in columns]
+    kept = [sum(cell.kept for cell in column) for column in columns]
+    shares = [k / n if n else math.nan for k, n in zip(kept, known, strict=True)]
+    table.add_row("all", *map(_heat, shares))
+    table.add_row("known", *(f"{n} of {m}" for n, m in zip(known, asked, strict=True)))
+    return table
+
+
+def _heat(share: float) -> Text:
+    """A share in the colour of its value; a dash where there is nothing to keep."""
+    if math.isnan(share):
+        return Text("-")
+    return Text(f"{share:.2f}", style=next(colour for least, colour in _HEAT if share >= least))
+
+
+def drift_table(results: Sequence[tuple[str, Drift]]) -> Table:
+    """A column per (quality, drift): KL down the decoded tokens, then with those kept exact."""
+    table = Table()
+    table.add_column("decoded token")
+    for quality, _ in results:
+        table.add_column(quality, justify="right")
+    drifts = [result for _, result in results]
+    rows = list(zip(*(drift.buckets for drift in drifts), strict=True))
+    for row in rows:
+        table.add_row(f"{row[0].start + 1:,}-{row[0].stop:,}", *(f"{b.kl:.4f}" for b in row))
+    table.add_row("last / first", *(f"{drift.slope:.2f}" for drift in drifts))
+    table.add_section()
+    table.add_row("kept exact:")
+    for row in rows:
+        span = f"{row[0].start + 1:,}-{row[0].stop:,}"
+        table.add_row(span, *(f"{b.prefill_kl:.4f}" for b in row))
+    table.add_row("last / first", *(f"{drift.prefill_slope:.2f}" for drift in drifts))
+    table.add_section()
+    for label, size in (("ratio before", "after_prefill"), ("ratio at the end", "after_steps")):
+        ratios = [getattr(drift, size).compression_ratio for drift in drifts]
+        table.add_row(label, *(f"{ratio:.2f}" for ratio in ratios))
     return table

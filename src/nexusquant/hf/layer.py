@@ -21,9 +21,10 @@ from nexusquant.hf.profiles import ProfileBook
 from nexusquant.hf.rope_tables import LayerRope, RopeBook, RotaryCall
 from nexusquant.math.e8 import GROUP
 from nexusquant.math.rope import Frequencies, KeyFrame
+from nexusquant.retention import WINDOW, retain
 from nexusquant.statistics import OutputSide
 
-_STATE = ("stored", "tail_keys", "tail_values", "length", "deferred", "rope")
+_STATE = ("stored", "tail_keys", "tail_values", "tail_queries", "length", "deferred", "rope")
 
 
 class CompactLayer(CacheLayerMixin):
@@ -56,6 +57,7 @@ class CompactLayer(CacheLayerMixin):
         self.stored = Stored()
         self.tail_keys: Tensor | None = None
         self.tail_values: Tensor | None = None
+        self.tail_queries: Tensor | None = None  # only under max_tokens
         self.length = 0
         self.is_initialized = False
         self.deferred: tuple[Tensor, Tensor | None, float, float | None] | None = None
@@ -209,7 +211,14 @@ class CompactLayer(CacheLayerMixin):
         if self.record_past:  # a rollback may come: `crop` compresses
             self.deferred = (query.detach(), valid, scaling, softcap)
             return
+        if self.config.max_tokens is not None:
+            self._remember_queries(query.detach())
         self._compress(query.detach(), valid, scaling, softcap, output)
+
+    def _remember_queries(self, query: Tensor) -> None:
+        """Keep the latest queries: they decide what leaves when there are too many tokens."""
+        held = [] if self.tail_queries is None else [self.tail_queries]
+        self.tail_queries = torch.cat([*held, query], 2)[:, :, -WINDOW:].clone()
 
     def _compress(
         self,
@@ -235,6 +244,12 @@ class CompactLayer(CacheLayerMixin):
         if self.profiles is not None and not self.stored.body:
             profile = self.profiles.obtain(chunk, frame, self.config.sinks, output)
         self.stored = compress(self.config, self.stored, chunk, frame, profile)
+        if self.config.max_tokens is not None:
+            latest = query if self.tail_queries is None else self.tail_queries
+            self.stored = retain(
+                self.stored, self.config.max_tokens, latest, frame=frame, scaling=scaling,
+                softcap=softcap, recent_from=self.length - self.config.recent,
+            )  # fmt: skip
         # Fresh empty tensors: a view would keep the whole prompt's storage alive.
         self.tail_keys = torch.empty_like(self.tail_keys[:, :, :0])
         self.tail_values = torch.empty_like(self.tail_values[:, :, :0])
@@ -251,7 +266,8 @@ class CompactLayer(CacheLayerMixin):
     def tensors(self) -> list[Any]:
         """Everything that holds storage, for accounting."""
         spans = self.rope.table.spans if self.rope else None
-        return [self.stored, self.tail_keys, self.tail_values, spans, self.deferred]
+        tail = [self.tail_keys, self.tail_values, self.tail_queries]
+        return [self.stored, tail, spans, self.deferred]
 
     # -- batch operations, rollback, offload
 
@@ -262,6 +278,8 @@ class CompactLayer(CacheLayerMixin):
         self.stored = self.stored.map(fn)
         if self.tail_keys is not None and self.tail_values is not None:
             self.tail_keys, self.tail_values = fn(self.tail_keys), fn(self.tail_values)
+        if self.tail_queries is not None:
+            self.tail_queries = fn(self.tail_queries)
         if self.rope is not None:
             self.rope.map(fn, batch)
 

@@ -25,7 +25,9 @@ class CompactSlidingLayer(CompactLayer):
         self, config: CompressionConfig, layer_idx: int, notices: Notices, sliding_window: int
     ) -> None:
         self.sliding_window = sliding_window
-        super().__init__(config.replace(evict_ratio=0.0, sinks=0), layer_idx, notices)
+        super().__init__(
+            config.replace(evict_ratio=0.0, sinks=0, max_tokens=None), layer_idx, notices
+        )
 
     def get_max_length(self) -> int:
         """The window."""

@@ -1,0 +1,66 @@
+"""`nexusquant calibrate`: build and keep the profile of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nexusquant.cli.common import Device, Dtype, Model, folder, read
+from nexusquant.errors import ConfigError
+
+
+def calibrate(
+    model: Model,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="UTF-8 text to learn from; repeatable.")
+    ] = None,
+    self_: Annotated[
+        bool, typer.Option("--self", help="Learn from text that the model writes itself.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=512, help="Tokens per piece of text.")] = 2048,
+    pieces: Annotated[int, typer.Option(min=1, help="Pieces to learn from, at most.")] = 8,
+    rope_page: Annotated[
+        int, typer.Option(min=0, help="Key frame, as in the settings it will be used with.")
+    ] = 32,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File; default: the user's cache folder.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Build the profile of a model, once: transforms and what errors in each head cost.
+
+    Without it the first prompt of every process builds one. Without --text or --self the text is
+    the Python language reference that every Python carries.
+    """
+    from nexusquant.calibration import calibrate as build
+    from nexusquant.calibration import own_text
+    from nexusquant.demo import reference_text
+    from nexusquant.loading import load_model
+    from nexusquant.profile_store import save_profile
+    from nexusquant.progress import progress_steps, quiet_transformers
+
+    if text and self_:
+        raise ConfigError("--text and --self: give one of them.")
+    contents = [read(path) for path in text or []]
+    with quiet_transformers(), progress_steps() as progress:
+        network, tokenizer = load_model(folder(model, progress), dtype, device)
+        if self_:
+            source = "text sampled from the model"
+            contents = own_text(
+                network, tokenizer, tokens=tokens, pieces=pieces, report=progress.step
+            )
+        else:
+            source = ", ".join(path.name for path in text or []) or "Python language reference"
+            contents = contents or [reference_text()]
+        profile = build(
+            network, tokenizer, contents, tokens=tokens, pieces=pieces, rope_page=rope_page,
+            source=source, report=progress.step,
+        )  # fmt: skip
+        path = save_profile(profile, output)
+    typer.echo(
+        f"{len(profile.layers)} layers from {profile.tokens:,} tokens of {source}:"
+        f" {profile.nbytes / 2**20:.1f} MiB, shared by all sequences\n{path}"
+    )

@@ -1,0 +1,115 @@
+"""The same model is recognised in any dtype and on any visit; another one is not."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import re
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from nexusquant.hf.fingerprint import fingerprint
+from tests.hf.models import KINDS, prompt, tiny
+
+
+def rounded(kind: str = "llama", **changes: Any) -> Any:
+    """A model whose weights are bf16 numbers, as those of most checkpoints."""
+    return tiny(kind, **changes).to(torch.bfloat16).float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_weights_in_another_dtype_are_the_same_model(kind: str) -> None:
+    model = rounded(kind)
+    found = fingerprint(model)
+    assert re.fullmatch("[0-9a-f]{16}", found)
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        assert fingerprint(copy.deepcopy(model).to(dtype)) == found
+    assert fingerprint(rounded(kind)) == found
+
+
+def test_weights_that_were_rounded_to_half_precision_are_the_same_model() -> None:
+    """Checkpoints in fp32 are loaded in fp16 and bf16."""
+    found = fingerprint(tiny())
+    for dtype in (torch.bfloat16, torch.float16):
+        assert fingerprint(tiny().to(dtype)) == found, dtype
+
+
+def test_use_does_not_change_it() -> None:
+    model = tiny()
+    found = fingerprint(model)
+    model(prompt(10))
+    model.config._attn_implementation = "eager"
+    model.config.use_cache = False
+    model.train()
+    assert fingerprint(model) == found
+    fresh = tiny("llama", "eager")
+    assert fingerprint(fresh) == found
+
+
+def other_seed() -> Any:
+    return tiny(seed=1)
+
+
+def other_config() -> Any:
+    return tiny(rms_norm_eps=1e-3)
+
+
+def other_rope() -> Any:
+    return tiny(rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+
+
+def other_depth() -> Any:
+    return tiny(num_hidden_layers=2)
+
+
+def one_matrix() -> Any:
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.mul_(1.1)
+    return model
+
+
+def one_norm() -> Any:
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[2].input_layernorm.weight.fill_(1.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    "build",
+    [other_seed, other_config, other_rope, other_depth, one_matrix, one_norm],
+    ids=lambda build: build.__name__,
+)
+def test_other_weights_or_settings_are_another_model(build: Callable[[], Any]) -> None:
+    assert fingerprint(build()) != fingerprint(tiny())
+
+
+def test_weights_loaded_in_place_are_noticed() -> None:
+    """A second look is quick, but not blind."""
+    model = tiny()
+    before = fingerprint(model)
+    model.load_state_dict(tiny(seed=3).state_dict())
+    assert fingerprint(model) == fingerprint(tiny(seed=3)) != before
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.layers.0.self_attn.q_proj"])
+def test_one_weight_changed_in_place_is_noticed(name: str) -> None:
+    model = tiny()
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.get_submodule(name).weight.mul_(2)
+    assert fingerprint(model) != before
+
+
+def test_models_are_not_kept_alive() -> None:
+    model = tiny()
+    fingerprint(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

@@ -1,0 +1,267 @@
+"""The first long prompt of a model builds its profile; the caches that follow use it."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nexusquant import NexusCache, load_profile, nexusquant_evict, save_profile
+from nexusquant.hf.fingerprint import fingerprint
+from nexusquant.hf.profiles import forget_profiles
+from nexusquant.profile import SIDES, Profile
+from nexusquant.quantizer import Orthonormal, Profiled
+from nexusquant.tokens import CodedTokens
+from tests.hf.models import feed, generate, left_padded, prompt, tiny
+from tests.hf.test_memory import walked_bytes
+
+LONG = 530
+
+
+def bases(cache: NexusCache) -> list[set[type]]:
+    """Per layer, what its keys and values are coded in."""
+    found = []
+    for layer in cache.layers:
+        parts = [part for part in layer.stored.body if isinstance(part, CodedTokens)]
+        quantizers = [q for part in parts for q in (part.key_quantizer, part.value_quantizer)]
+        found.append({type(q.basis) for q in quantizers})
+    return found
+
+
+def tensors(profile: Profile) -> dict[str, Tensor]:
+    return {
+        f"{index}.{side}.{name}": x
+        for index, layer in profile.layers.items()
+        for side in SIDES
+        for name, x in vars(getattr(layer, side)).items()
+    }
+
+
+def assert_equal(a: Profile, b: Profile) -> None:
+    ours, theirs = tensors(a), tensors(b)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [x.inverse_residual for x in a.layers.values()] == [
+        x.inverse_residual for x in b.layers.values()
+    ]
+
+
+def error(model: Any, cache: NexusCache, ids: Tensor) -> float:
+    """Mean squared error of the stored keys and values, relative to their variance."""
+    exact = NexusCache(model, codec="exact", evict_ratio=0.0, residual_length=10_000)
+    for filled in (cache, exact):
+        feed(model, filled, ids, ids.shape[1])
+    pairs = [
+        (getattr(a, name) + 0, getattr(b, name) + 0)
+        for a, b in zip(cache.layers, exact.layers, strict=True)
+        for name in ("keys", "values")
+    ]
+    return sum(float((a - b).square().mean() / b.var()) for a, b in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
+def test_the_first_long_prompt_builds_it_and_the_next_cache_uses_it(
+    kind: str, attention: str
+) -> None:
+    model = tiny(kind, attention)
+    first = NexusCache(model)
+    assert first.profile is None
+    feed(model, first, prompt(LONG), LONG)
+    profile = first.profile
+    assert profile is not None
+    assert profile.complete
+    assert list(profile.layers) == [0, 1, 2]
+    assert (profile.tokens, profile.rope_page) == (LONG, 32)
+    assert profile.fingerprint == fingerprint(model)
+    assert bases(first) == [{Profiled}] * 3, "already the prompt that built it is coded with it"
+    second = NexusCache(model)
+    assert second.profile is profile
+    feed(model, second, prompt(60, seed=5), 60)
+    assert bases(second) == [{Profiled}] * 3, "a short prompt can use it"
+    assert NexusCache(model, "max").profile is profile, "whatever the preset"
+    assert NexusCache(model, rope_page=8).profile is None, "in its key frame only"
+    assert list(profile.layers) == [0, 1, 2]
+
+
+def test_a_profile_pays() -> None:
+    """Correlated channels: at equal bits, the transform of the profile errs less than Hadamard."""
+    model = tiny()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for weight in (layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight):
+                weight.view(2, 16, -1)[:, 4:] *= 0.2
+    settings = {"key_bits": 2, "value_bits": 2, "tiers": ()}
+    plain = error(
+        model, NexusCache(model, "lossless", transform="hadamard", **settings), prompt(600)
+    )
+    coded = error(model, NexusCache(model, "lossless", **settings), prompt(600))
+    assert coded < 0.9 * plain
+
+
+def test_shorter_prompts_stay_with_hadamard_and_build_nothing() -> None:
+    model = tiny()
+    cache = NexusCache(model)
+    feed(model, cache, prompt(511), 511)
+    assert cache.profile is None
+    assert bases(cache) == [{Orthonormal}] * 3
+    feed(model, cache, prompt(LONG), LONG)  # what was begun goes on
+    assert cache.profile is None
+    assert bases(cache) == [{Orthonormal}] * 3
+    other = NexusCache(model)
+    feed(model, other, prompt(512), 512)
+    assert other.profile is not None
+
+
+@pytest.mark.parametrize("settings", [{"codec": "exact"}, {"transform": "hadamard"}], ids=str)
+def test_settings_without_a_profile_build_none(settings: dict[str, Any]) -> None:
+    model = tiny()
+    cache = NexusCache(model, **settings)
+    feed(model, cache, prompt(LONG), LONG)
+    assert cache.profile is None
+    assert NexusCache(model).profile is None
+
+
+def test_the_same_prompt_gives_the_same_profile() -> None:
+    profiles = []
+    for seed in (1, 1, 2):
+        model = tiny()
+        with nexusquant_evict(model), torch.no_grad():
+            state = torch.random.get_rng_state()
+            model(prompt(LONG, seed=seed))
+            assert torch.equal(torch.random.get_rng_state(), state), "no global randomness"
+        found = NexusCache(model).profile
+        assert found is not None
+        profiles.append(found)
+    assert_equal(*profiles[:2])
+    assert not torch.equal(profiles[0].layers[0].key.forward, profiles[2].layers[0].key.forward)
+
+
+def test_it_is_shared_and_not_counted() -> None:
+    model = tiny()
+    caches = [NexusCache(model), NexusCache(model)]
+    feed(model, caches[0], prompt(LONG), LONG)
+    caches[1] = NexusCache(model)
+    feed(model, caches[1], prompt(LONG), LONG)
+    profile = caches[0].profile
+    assert profile is not None
+    assert profile.nbytes == sum(x.nbytes for x in tensors(profile).values()) > 0
+    assert walked_bytes(profile) >= profile.nbytes
+    for cache in caches:
+        assert cache.nbytes == walked_bytes(cache) - walked_bytes(profile) > 0
+    twin = copy.deepcopy(caches[0])
+    assert twin.profile is profile
+    assert twin.nbytes == caches[0].nbytes
+    more = [feed(model, cache, prompt(40, seed=2), 40) for cache in (caches[0], twin)]
+    torch.testing.assert_close(*more, rtol=0, atol=0)
+
+
+def test_generation_and_the_block_use_it() -> None:
+    model = tiny()
+    ids = prompt(LONG)
+    with nexusquant_evict(model) as run:
+        first = generate(model, ids, 4)
+        profile = NexusCache(model).profile
+        again = generate(model, ids, 4)
+    assert profile is not None
+    caches = [out.past_key_values for out in (first, again)]
+    assert [bases(cache) for cache in caches] == [[{Profiled}] * 3] * 2
+    assert run.stats.compressed_layers == 3
+
+
+# -- passes that fail
+
+
+@pytest.mark.parametrize("failure", [ArithmeticError, KeyboardInterrupt])
+def test_a_pass_that_fails_half_way_leaves_no_profile(failure: type[BaseException]) -> None:
+    model = tiny()
+
+    def fail(*_: Any) -> None:
+        raise failure("in layer 1")
+
+    cache = NexusCache(model)
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(failure, match="layer 1"):
+        feed(model, cache, prompt(LONG), LONG)
+    handle.remove()
+    assert NexusCache(model).profile is None
+    feed(model, cache, prompt(60), 60)  # too short to build one
+    assert cache.profile is None
+    assert cache.get_seq_length() == 60
+    assert NexusCache(model).profile is None
+    fresh = NexusCache(model)
+    feed(model, fresh, prompt(LONG), LONG)
+    whole = tiny()
+    feed(whole, reference := NexusCache(whole), prompt(LONG), LONG)
+    assert_equal(fresh.profile, reference.profile)
+
+
+def test_two_threads_agree_on_one_profile() -> None:
+    model = tiny()
+    gate = threading.Barrier(2, timeout=60)
+    caches: list[NexusCache] = []
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            cache = NexusCache(model)
+            gate.wait()
+            feed(model, cache, prompt(LONG, seed=seed), LONG)
+            gate.wait()
+            caches.append(cache)
+        except BaseException as error:
+            errors.append(error)
+            gate.abort()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for cache in caches:
+        assert cache.profile is not None
+        assert list(cache.profile.layers) == [0, 1, 2]
+        assert bases(cache) == [{Profiled}] * 3
+    shared = NexusCache(model).profile
+    assert sum(cache.profile is shared for cache in caches) == 1
+
+
+def test_a_profile_is_built_of_the_longest_row_without_its_padding() -> None:
+    model = tiny()
+    ids, mask = left_padded([100, 560, 530])
+    batch = NexusCache(model)
+    feed(model, batch, ids, 560, mask)
+    alone_model = tiny()
+    alone = NexusCache(alone_model)
+    feed(alone_model, alone, ids[1:2], 560)
+    assert batch.profile is not None
+    assert alone.profile is not None
+    assert batch.profile.tokens == alone.profile.tokens == 560
+    for name, x in tensors(batch.profile).items():
+        torch.testing.assert_close(x, tensors(alone.profile)[name], rtol=5e-3, atol=5e-3)
+    # Padding does not count: all rows are too short here.
+    model = tiny()
+    ids, mask = left_padded([500, 400])
+    ids, mask = (torch.nn.functional.pad(x, (60, 0)) for x in (ids, mask))
+    cache = NexusCache(model)
+    feed(model, cache, ids, 560, mask)
+    assert cache.profile is None
+
+
+def test_reset_and_forget() -> None:
+    model = tiny()
+    cache = NexusCache(model)
+    feed(model, cache, prompt(LONG), LONG)
+    profile = cache.profile
+    cache.reset()
+    assert cache.profile is profile
+    feed(model, cache, prompt(40), 40)
+    assert bases(cache) == [{Profiled}] * 3
+    path = save_profile(profile)
+    forget_profiles(model)
+    assert_equal(NexusCache(model).profile, load_profile(path))
