@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,7 +42,7 @@ def calibrate(
         report: called with a line of text as each piece starts.
 
     Raises:
-        ConfigError: no text has `MIN_TOKENS` tokens.
+        ConfigError: no text has `MIN_TOKENS` tokens, or an argument is out of range.
         UnsupportedError: a model that cannot have a compressed cache.
 
     Example:
@@ -51,14 +52,30 @@ def calibrate(
         True
     """
     check_model(model)
+    if isinstance(texts, str):
+        raise ConfigError("texts must be a list of texts, not one text.")
+    limit = getattr(text_config(model), "max_position_embeddings", None) or tokens
+    length = min(tokens, limit)
+    if pieces < 1 or length < MIN_TOKENS:
+        raise ConfigError(
+            f"need pieces >= 1 and tokens >= {MIN_TOKENS}, got pieces={pieces}, tokens={tokens}"
+            f" (of at most {limit} that the model takes)."
+        )
     config = CompressionConfig(codec="exact", rope_page=rope_page)
-    chosen = _pieces(tokenizer, texts, tokens, pieces)
+    chosen = _pieces(tokenizer, texts, length, pieces)
     collector = Collector(model, config)
-    for index, ids in enumerate(chosen):
-        report(f"piece {index + 1} of {len(chosen)}, {ids.shape[1]} tokens")
-        cache = DynamicCache(config=text_config(model))
-        compact_layers(cache, model, config, Notices(), collector)
-        model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    training = model.training
+    takes = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # the others cost gigabytes
+    model.eval()
+    try:
+        for index, ids in enumerate(chosen):
+            report(f"piece {index + 1} of {len(chosen)}, {ids.shape[1]} tokens")
+            cache = DynamicCache(config=text_config(model))
+            compact_layers(cache, model, config, Notices(), collector)
+            model(ids.to(model.device), past_key_values=cache, use_cache=True, **last)
+    finally:
+        model.train(training)
     total = sum(ids.shape[1] for ids in chosen)
     profile = collector.profile_of(model, source, total)
     remember_profile(model, profile)
@@ -104,6 +121,8 @@ def own_text(
 
     Reproducible: sampling runs under its own seed and leaves the global generator as it was.
     """
+    limit = getattr(text_config(model), "max_position_embeddings", None) or tokens + 1
+    tokens = min(tokens, limit - 1)
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
         raise ConfigError("this tokenizer has no begin or end token to start from: give --text.")

@@ -73,7 +73,7 @@ class RowLayout:
         out = rows.new_zeros(*rows.shape[:-1], count, GROUP, dtype=torch.float32)
         for bits, (members, at) in _by_rate(self, rows.device).items():
             out[:, :, members] = codes[bits].decode(rows[:, :, at].unflatten(-1, (-1, bits)))
-        return out.view(*rows.shape[:-1], self.heads, -1).transpose(1, 2)
+        return out.view(*rows.shape[:-1], self.heads, self.groups * GROUP).transpose(1, 2)
 
 
 @lru_cache(maxsize=1024)

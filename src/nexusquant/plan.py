@@ -9,10 +9,12 @@ from torch import Tensor
 
 from nexusquant.allocation import uniform_costs
 from nexusquant.config import CompressionConfig
+from nexusquant.errors import NonFiniteError
 from nexusquant.profile import Budget, Profile
 from nexusquant.quantizer import Basis, Centre, Orthonormal, Profiled, Quantizer
 from nexusquant.tokens import CodedTokens
 
+_HUGE = 100  # times the median squared size: such vectors do not set the scale of the others
 _OWN_CENTRE = 256
 """Tokens from which on a sequence's own mean is worth its bytes; a profile has one otherwise."""
 
@@ -50,6 +52,7 @@ def plan_coding(
 
     Raises:
         UnsupportedError: a head_dim that is not a multiple of 8.
+        NonFiniteError: NaN or infinity.
     """
     known = profile is not None and layer in profile.layers and config.transform == "klt"
     budget = Budget(
@@ -83,33 +86,57 @@ def _uniform(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _own_centre(x: Tensor, empty: Tensor) -> Centre:
     """Mean and deviation of every channel: without a profile, nothing else tells them apart."""
-    mean, deviation = _moments(x, empty)
-    usual = deviation.square().mean(-1, keepdim=True).sqrt()
-    deviation = torch.where(usual > 0, deviation.clamp(min=0.05 * usual), 1.0)
-    return Centre(_narrow(mean), _narrow(deviation))
+    usual = _usual(x, empty)
+    mean = _mean(x, usual)
+    deviation = _mean((x - mean).square(), usual).sqrt()
+    typical = deviation.square().mean(-1, keepdim=True).sqrt()
+    deviation = torch.where(typical > 0, deviation.clamp(min=0.05 * typical), 1.0)
+    return _checked(mean, deviation)
 
 
 def _profiled_centre(x: Tensor, empty: Tensor, basis: Basis) -> Centre:
-    """Mean, and one factor per head, if there are enough tokens to tell."""
-    if int((~empty).sum(2).min()) < _OWN_CENTRE:
+    """Mean, and one factor per head, of the rows that have enough tokens to tell."""
+    enough = (~empty).sum(2, keepdim=True) >= _OWN_CENTRE
+    if not bool(enough.any()):
         return Centre(None, None)
-    mean = _narrow(_moments(x, empty)[0])
-    y = (x - mean.float()) @ basis.forward(x.device).mT
-    y = y.masked_fill(empty, 0).square().mean(-1, keepdim=True).sum(2, keepdim=True)
-    scale = (y / (~empty).sum(2, keepdim=True)).sqrt()
-    return Centre(mean, _narrow(torch.where(scale > 0, scale, 1.0)))
+    usual = _usual(x, empty)
+    mean = torch.where(enough, _mean(x, usual), basis.mean(x.device))
+    y = (x - mean) @ basis.forward(x.device).mT
+    scale = _mean(y.square().mean(-1, keepdim=True), usual).sqrt()
+    return _checked(mean, torch.where(enough & (scale > 0), scale, 1.0))
 
 
-def _moments(x: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over the filled entries, (batch, heads, 1, dim)."""
-    filled = (~empty).sum(2, keepdim=True).clamp(min=1)
-    mean = x.sum(2, keepdim=True) / filled
-    variance = (x - mean).masked_fill(empty, 0).square().sum(2, keepdim=True) / filled
-    return mean, variance.sqrt()
+def _usual(x: Tensor, empty: Tensor) -> Tensor:
+    """Entries that may set the scale, (batch, heads, n, 1) bool: a single huge vector may not."""
+    mean = _mean(x, ~empty)
+    size = (x - mean).square().sum(-1, keepdim=True)
+    median = size.masked_fill(empty, torch.nan).nanmedian(2, keepdim=True).values
+    return (size <= _HUGE * median) & ~empty
+
+
+def _mean(x: Tensor, where: Tensor) -> Tensor:
+    """Mean over some of the entries, (batch, heads, 1, dim)."""
+    count = where.sum(2, keepdim=True).clamp(min=1)
+    return x.masked_fill(~where, 0).sum(2, keepdim=True) / count
+
+
+def _checked(mean: Tensor, scale: Tensor) -> Centre:
+    """In fp16 where that changes nothing to speak of.
+
+    Raises:
+        NonFiniteError: NaN, infinity, or numbers whose square overflows.
+    """
+    if not bool(torch.isfinite(mean).all() & torch.isfinite(scale).all()):
+        raise NonFiniteError(
+            "NaN or infinity, or numbers too large to be squared, among the keys or values; they"
+            " cannot be coded. Check the model's dtype and inputs, or use codec='exact'."
+        )
+    return Centre(_narrow(mean), _narrow(scale))
 
 
 def _narrow(x: Tensor) -> Tensor:
-    """In fp16 unless that would overflow or lose everything."""
+    """In fp16, unless that would overflow or lose precision."""
     narrow = x.half()
-    lossless = torch.isfinite(narrow) & ((narrow != 0) | (x == 0))
-    return narrow if bool(lossless.all()) else x
+    largest = x.abs().amax(-1, keepdim=True)
+    near = (narrow.float() - x).abs() <= 2e-3 * largest
+    return narrow if bool(near.all()) else x

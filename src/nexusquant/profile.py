@@ -50,7 +50,7 @@ class LayerProfile:
     """Keys and values of one layer.
 
     Attributes:
-        inverse_residual: 1 / mean squared norm of the residual stream there, or 1 if unknown.
+        inverse_residual: mean of 1 / squared norm of the residual stream there, 1 if unknown.
     """
 
     key: Side
@@ -84,7 +84,9 @@ class Shared:
         """From the layers that are known."""
         key = torch.cat([layer.key.weight for layer in layers])
         value = torch.cat([layer.value.weight / layer.inverse_residual for layer in layers])
-        return Shared(*(float(x.clamp(min=1e-30).log().mean().exp()) for x in (key, value)))
+        floors = [x.max().clamp(min=1e-30) * 1e-6 for x in (key, value)]  # one idle head is no zero
+        both = zip((key, value), floors, strict=True)
+        return Shared(*(float(x.clamp(min=floor).log().mean().exp()) for x, floor in both))
 
 
 Layouts = tuple[RowLayout, RowLayout]

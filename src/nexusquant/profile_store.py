@@ -7,6 +7,7 @@ belongs to the model whose fingerprint it carries and is refused for any other.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -42,6 +43,12 @@ def save_profile(profile: Profile, path: str | Path | None = None) -> Path:
 
     Raises:
         ProfileError: not a complete profile, or the disk does not take it.
+
+    Example:
+        >>> from nexusquant import calibrate, save_profile
+        >>> profile = calibrate(model, tokenizer, ["some text of your own " * 200], pieces=1)
+        >>> save_profile(profile).suffix
+        '.safetensors'
     """
     target = Path(path) if path else default_path(profile.fingerprint, profile.rope_page)
     if not profile.complete or not profile.layers:
@@ -83,6 +90,12 @@ def load_profile(path: str | Path, fingerprint: str | None = None) -> Profile:
 
     Raises:
         ProfileError: unreadable, damaged, of another version of this package, or another model's.
+
+    Example:
+        >>> from nexusquant import load_profile
+        >>> load_profile("no/such/file.safetensors")
+        Traceback (most recent call last):
+        nexusquant.errors.ProfileError: no/such/file.safetensors: not a readable profile (...).
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -104,6 +117,11 @@ def load_profile(path: str | Path, fingerprint: str | None = None) -> Profile:
             }
     except (OSError, SafetensorError) as error:
         raise ProfileError(f"{path}: not a readable profile ({error}).") from error
+    for index, layer in layers.items():
+        if len(layer.key.weight) != len(layer.value.weight):
+            raise ProfileError(
+                f"{path}: damaged, keys and values of layer {index} differ in heads."
+            )
     return Profile(
         header["fingerprint"], header["rope_page"], header["source"], header["tokens"], layers, True
     )  # fmt: skip
@@ -120,8 +138,13 @@ def _header(path: str | Path, metadata: dict[str, str] | None) -> dict[str, Any]
             )
         if not all(isinstance(header[name], kind) for name, kind in kinds.items()):
             raise TypeError
-        if not all(float(x) >= 0 and int(i) >= 0 for i, x in header["inverse_residual"].items()):
+        layers = header["inverse_residual"]
+        if not layers or not all(
+            0 < float(x) < math.inf and int(i) >= 0 for i, x in layers.items()
+        ):
             raise ValueError
+    except ProfileError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ProfileError(f"{path}: not a profile of nexusquant, or damaged.") from error
     return dict(header)
@@ -134,10 +157,15 @@ def _side(path: str | Path, file: Any, names: set[str], prefix: str) -> Side:
     forward = tensors[0]
     heads, dim = (*forward.shape, 0, 0)[:2]
     shapes = [(heads, dim, dim), (heads, dim, dim), (heads, dim), (heads, dim // 8), (heads,)]
-    ok = dim % 8 == 0 and all(
-        tuple(x.shape) == shape and x.dtype == torch.float32 and bool(torch.isfinite(x).all())
-        for x, shape in zip(tensors, shapes, strict=True)
+    ok = (
+        heads > 0
+        and dim > 0
+        and dim % 8 == 0
+        and all(
+            tuple(x.shape) == shape and x.dtype == torch.float32 and bool(torch.isfinite(x).all())
+            for x, shape in zip(tensors, shapes, strict=True)
+        )
     )
-    if not ok:
+    if not ok or min(float(x.min()) for x in tensors[3:]) < 0:
         raise ProfileError(f"{path}: damaged, {prefix} has wrong shapes or values.")
     return Side(*tensors)

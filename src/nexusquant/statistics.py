@@ -1,6 +1,6 @@
 """A layer's profile from one prefill: its queries, keys and values are all the data needed.
 
-What noise does (everything per KV head, averaged over the query heads of its group):
+What noise does, per KV head (metrics are averaged over its query heads, weights summed):
 
   values  o = sum_i a_i v_i, so noise n_i on v_i adds sum_i a_i^2 E|W_O n_i|^2 to the output:
           metric W_O^T W_O, weight sum_i a_i^2
@@ -24,8 +24,9 @@ from nexusquant.math.klt import weighted_klt
 from nexusquant.math.rope import KeyFrame
 from nexusquant.profile import LayerProfile, Side
 
-MIN_TOKENS = 512
-"""Tokens that a profile needs at least (docs/results: KL against the length it was built from)."""
+MIN_TOKENS = 448
+"""Tokens that a profile needs at least (docs/results: KL against the length it was built from). A
+little under 512, so that layers with a window of 512 get one."""
 
 _QUERIES = 32  # sampled per head
 _PAGES = 32  # pages of keys, evenly spaced, that the key metric looks at
@@ -236,8 +237,8 @@ def _key_metric(sample: Sample, per_key: Tensor, frame: KeyFrame) -> Tensor:
         anchors = sample.slots[:: size * stride][: share.shape[1]]
         flat = moments.reshape(1, kv_heads, -1, dim)
         slots = anchors.repeat_interleave(dim).view(1, 1, -1)
-        turned = frame.enter(flat, slots).view_as(moments).mT.reshape_as(flat)
-        moments = frame.enter(turned, slots).view_as(moments)
+        turned = frame.adjoint(flat, slots).view_as(moments).mT.reshape_as(flat)
+        moments = frame.adjoint(turned, slots).view_as(moments)
     metric = moments.sum(1) / share.sum((1, 2))[:, None, None].clamp(min=1e-30)
     return (metric + metric.mT) / 2
 

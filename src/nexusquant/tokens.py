@@ -16,9 +16,10 @@ from nexusquant.slots import BatchFn, Slots
 
 
 def _fits(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`, or unchanged if that would overflow."""
+    """x in `dtype`, or unchanged if that would overflow, or if all of it would underflow."""
     y = x.to(dtype)
-    return y if dtype == x.dtype or bool(torch.isfinite(y).all()) else x
+    fits = dtype == x.dtype or bool(torch.isfinite(y).all() & (y.any() | ~x.any()))
+    return y if fits else x
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:

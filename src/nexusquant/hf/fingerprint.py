@@ -22,11 +22,12 @@ _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = (
 def fingerprint(model: Any) -> str:
     """16 hex digits of a model's config and weights.
 
-    Every parameter contributes its name, shape and a few elements rounded to bf16, so the same
-    weights loaded in another dtype are the same model, and fine-tuned weights are another.
+    Every parameter contributes its name, shape and a few elements rounded to bf16: the same weights
+    loaded in bf16 and in fp32 are the same model (so are bf16 weights loaded in fp16, fp32 weights
+    need not be), and fine-tuned weights are another.
     """
     parameters = dict(model.named_parameters())
-    version = tuple((p.data_ptr(), p._version) for p in list(parameters.values())[-4:])
+    version = tuple((p.data_ptr(), p._version) for p in parameters.values())
     if model in _known and _known[model][0] == version:
         return _known[model][1]
     config = model.config.to_dict()

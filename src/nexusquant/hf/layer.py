@@ -198,14 +198,14 @@ class CompactLayer(CacheLayerMixin):
         valid: Tensor | None,
         scaling: float,
         softcap: float | None,
-        output: Callable[[], OutputSide] = OutputSide,
+        output: Callable[[], OutputSide] | None = None,
     ) -> None:
         """This layer's attention is done: compress the tail if it is long enough.
 
         Args:
             query: (batch, query_heads, q_len, dim) post-RoPE, of the last q_len tail tokens.
             valid: (batch, tail) bool, False for padding.
-            output: where this attention's output goes, in case a profile is built from this call.
+            output: where this attention's output goes; without it no profile is built.
         """
         self.reached = True
         if self.record_past:  # a rollback may come: `crop` compresses
@@ -226,7 +226,7 @@ class CompactLayer(CacheLayerMixin):
         valid: Tensor | None,
         scaling: float,
         softcap: float | None,
-        output: Callable[[], OutputSide] = OutputSide,
+        output: Callable[[], OutputSide] | None = None,
     ) -> None:
         if self.tail_keys is None or self.tail_values is None:
             return

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nexusquant.hf.rope_tables import RotaryCall, forget_workspace
+from nexusquant.hf.rope_tables import RotaryCall, forget_workspace, uses_rotary
 
 if TYPE_CHECKING:
     from nexusquant.hf.layer import CompactLayer
@@ -35,10 +35,15 @@ class _Pass:
             if layer is not None:
                 yield layer, state
 
-    def undo(self) -> None:
-        """Put all of them back."""
+    def end(self, failed: bool) -> None:
+        """The pass is over; if it failed, put all layers back."""
         for layer, state in self.layers():
-            layer.restore(state)
+            if layer.rope is not None:
+                forget_workspace(layer.rope.table)  # rotary rows are workspace of one pass
+            if layer.profiles is not None:
+                layer.profiles.end_pass(failed)
+            if failed:
+                layer.restore(state)
 
 
 class _Running(threading.local):
@@ -65,7 +70,8 @@ def begin(model: nn.Module, args: Any) -> None:
     """Forward pre-hook of the model."""
     stale = _running.end(model)
     if stale is not None:  # it never finished: a KeyboardInterrupt skips forward hooks
-        stale.undo()
+        _running.residual = None
+        stale.end(failed=True)
     _running.passes.append(_Pass(id(model)))
 
 
@@ -73,15 +79,8 @@ def finish(model: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of the model; after an exception the output is None."""
     _running.rotary, _running.residual = (None, None), None
     ended = _running.end(model)
-    if ended is None:
-        return
-    for layer, _ in ended.layers():
-        if layer.profiles is not None:
-            layer.profiles.end_pass(failed=output is None)
-        if layer.rope is not None:
-            forget_workspace(layer.rope.table)  # rotary rows are workspace of one pass
-    if output is None:
-        ended.undo()
+    if ended is not None:
+        ended.end(failed=output is None)
 
 
 def note_update(layer: CompactLayer, model: nn.Module | None) -> None:
@@ -95,7 +94,8 @@ def note_update(layer: CompactLayer, model: nn.Module | None) -> None:
 def remember_rotary(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Pre-hook of attention modules: the rotary rows of the call that is about to run."""
     rows = kwargs.get("position_embeddings")
-    if isinstance(rows, (tuple, list)) and len(rows) == 2 and torch.is_tensor(rows[0]):
+    given = isinstance(rows, (tuple, list)) and len(rows) == 2 and torch.is_tensor(rows[0])
+    if given and rows is not None and uses_rotary(module):
         _running.rotary = id(module), RotaryCall(rows[0], rows[1], kwargs.get("position_ids"))
     else:
         _running.rotary = id(module), None

@@ -13,7 +13,7 @@ from torch import nn
 
 from nexusquant.compressor import Chunk
 from nexusquant.config import CompressionConfig
-from nexusquant.errors import ProfileError
+from nexusquant.errors import ProfileError, UnsupportedError
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.math.rope import KeyFrame
 from nexusquant.profile import Profile
@@ -28,9 +28,7 @@ from nexusquant.statistics import (
 ProfileLike = Profile | str | Path | None
 
 _lock = threading.RLock()
-_known: weakref.WeakKeyDictionary[nn.Module, dict[int, Profile | None]] = (
-    weakref.WeakKeyDictionary()
-)
+_known: weakref.WeakKeyDictionary[nn.Module, dict[int, Profile]] = weakref.WeakKeyDictionary()
 
 
 def forget_profiles(model: nn.Module) -> None:
@@ -69,7 +67,9 @@ def find_profile(model: nn.Module, rope_page: int, given: ProfileLike = None) ->
         known = _known.setdefault(model, {})
         if rope_page not in known:
             path = default_path(fingerprint(model), rope_page)
-            known[rope_page] = load_profile(path, fingerprint(model)) if path.is_file() else None
+            if not path.is_file():
+                return None
+            known[rope_page] = load_profile(path, fingerprint(model))
         return known[rope_page]
 
 
@@ -82,13 +82,15 @@ class ProfileBook:
         self._model = weakref.ref(model)
         self.page = config.rope_page
         self.wanted = config.codec == "e8" and config.transform == "klt"
-        self.profile = find_profile(model, self.page, given) if self.wanted else None
+        find = self.wanted or given is not None  # a wrong one is refused even where unused
+        found = find_profile(model, self.page, given) if find else None
+        self.profile = found if self.wanted else None
 
     def obtain(
-        self, chunk: Chunk, frame: KeyFrame, sinks: int, output: Callable[[], OutputSide]
+        self, chunk: Chunk, frame: KeyFrame, sinks: int, output: Callable[[], OutputSide] | None
     ) -> Profile | None:
         """The profile, if it knows the chunk's layer or can be built from this chunk."""
-        if not self.wanted or chunk.queries is None:
+        if not self.wanted or chunk.queries is None or output is None:
             return self.profile
         known = self.profile is not None and (
             self.profile.complete or chunk.layer_idx in self.profile.layers
@@ -115,11 +117,16 @@ class ProfileBook:
         self.profile.complete = True
         model = self._model()
         with _lock:
-            if model is not None and _known.setdefault(model, {}).get(self.page) is None:
-                _known[model][self.page] = self.profile
+            if model is not None:
+                _known.setdefault(model, {}).setdefault(self.page, self.profile)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProfileBook:
         return self  # a copied cache goes on with the same profile
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedError(
+            "a compressed cache belongs to a live model and cannot be pickled; copy.deepcopy works."
+        )
 
 
 class Collector(ProfileBook):
@@ -131,10 +138,10 @@ class Collector(ProfileBook):
         self.statistics: dict[int, list[LayerStatistics]] = {}
 
     def obtain(
-        self, chunk: Chunk, frame: KeyFrame, sinks: int, output: Callable[[], OutputSide]
+        self, chunk: Chunk, frame: KeyFrame, sinks: int, output: Callable[[], OutputSide] | None
     ) -> Profile | None:
         """Adds the chunk's statistics."""
-        if chunk.queries is not None and _length(chunk) >= MIN_TOKENS:
+        if output is not None and chunk.queries is not None and _length(chunk) >= MIN_TOKENS:
             statistics = _statistics(chunk, frame, sinks, output())
             if statistics is not None:
                 self.statistics.setdefault(chunk.layer_idx, []).append(statistics)

@@ -78,6 +78,30 @@ class LayerRope:
             self.table.map(fn, batch)
 
 
+def uses_rotary(module: nn.Module) -> bool:
+    """Whether an attention module that is passed rotary rows applies them (NoPE layers do not).
+
+    Told by the flags that modeling files branch on.
+    """
+    for flag in ("use_rope", "force_rope"):
+        if isinstance(getattr(module, flag, None), (bool, int)) and getattr(module, flag):
+            return True
+    if not getattr(module, "use_rope", True):
+        return False
+    rule = _ROTARY_RULES.get(type(module).__module__.rpartition(".")[2])
+    return rule is None or rule(module)
+
+
+_ROTARY_RULES: dict[str, Callable[[Any], bool]] = {
+    "modeling_cohere2": lambda module: module.sliding_window is not None,
+    "modeling_cohere2_moe": lambda module: module.sliding_window is not None,
+    **dict.fromkeys(
+        ("modeling_exaone4", "modeling_exaone4_5", "modeling_exaone_moe"),
+        lambda module: module.sliding_window is None or module.is_sliding,
+    ),
+}
+
+
 @dataclass(frozen=True)
 class RotaryCall:
     """What an attention module was called with: cos, sin and maybe the position ids."""

@@ -46,7 +46,7 @@ class CompactSlidingLayer(CompactLayer):
         valid: Tensor | None,
         scaling: float,
         softcap: float | None,
-        output: Callable[[], OutputSide] = OutputSide,
+        output: Callable[[], OutputSide] | None = None,
     ) -> None:
         first = self.first_visible
         self.stored = self.stored.drop_before(first)

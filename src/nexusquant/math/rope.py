@@ -281,6 +281,13 @@ class KeyFrame:
             return keys.float()
         return self.table.turn(keys, slots, self._at(self.page), inverse=False)
 
+    def adjoint(self, queries: Tensor, slots: Tensor) -> Tensor:
+        """Queries as keys in the frame at `slots` see them: q . leave(k) = adjoint(q) . k."""
+        if self.table is None or not self.rotates:
+            return queries.float()
+        cos, sin = self._at(self.page)
+        return self.table.turn(queries, slots, (cos, -sin), inverse=False)
+
     def remove(self, x: Tensor, slots: Tensor) -> Tensor:
         """Undo RoPE entirely, whatever the page."""
         if self.table is None:

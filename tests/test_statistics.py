@@ -1,0 +1,211 @@
+"""Statistics of a layer against loops in float64, and against the Jacobian of its attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nexusquant import statistics
+from nexusquant.math.klt import RIDGE
+from nexusquant.math.rope import KeyFrame
+from nexusquant.statistics import LayerStatistics
+from tests.statistics_cases import case, check, close
+
+
+@pytest.mark.parametrize("page", [0, 1, 32])
+@pytest.mark.parametrize(("kv_heads", "group"), [(2, 1), (1, 4), (2, 2)])
+def test_frames_and_grouped_queries(page: int, kv_heads: int, group: int) -> None:
+    check(case(page=page, kv_heads=kv_heads, group=group))
+
+
+def test_without_a_rotary_embedding() -> None:
+    check(replace(case(), frame=KeyFrame(None, 32)))
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_softcap(softcap: float) -> None:
+    check(case(softcap=softcap, group=2))
+
+
+@pytest.mark.parametrize(("project", "residual"), [(False, False), (True, False), (False, True)])
+def test_an_unknown_output_side(project: bool, residual: bool) -> None:
+    found = check(case(project=project, residual=residual, group=2))
+    assert residual or float(found.inverse_residual) == 1
+
+
+@pytest.mark.parametrize("page", [0, 32])
+def test_the_longest_row_counts_and_padding_does_not(page: int) -> None:
+    valid = torch.arange(40) >= torch.tensor([[12], [3], [30]])
+    one = case(batch=3, group=2, page=page, valid=valid)
+    for x in (one.keys, one.values, one.queries):
+        x.masked_fill_(~valid[:, None, :, None], torch.nan)
+    assert one.output.residual is not None
+    one.output.residual.masked_fill_(~valid[..., None], torch.nan)
+    check(one)
+
+
+def test_queries_of_the_last_tokens_only() -> None:
+    one = case(60, q_len=25)
+    assert one.asked == list(range(35, 60))
+    check(one)
+
+
+def test_a_later_chunk_has_no_sinks() -> None:
+    one = case(40, start=64)
+    assert one.skip == 0
+    check(one)
+
+
+def test_scaled_rotations() -> None:
+    """YaRN multiplies cos and sin; in the frame keys are divided by it, so queries gain it."""
+    check(case(page=32, yarn=1.4))
+
+
+@pytest.mark.parametrize("page", [0, 32])
+def test_weights_and_metrics_are_the_jacobian_of_the_output(
+    page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sum over tokens of J^T J, by autograd through the frame, attention and projection."""
+    monkeypatch.setattr(statistics, "_INFLUENCE", 1.0)
+    one = case(36, kv_heads=2, page=page)
+    found, slots = one.statistics(), torch.arange(36).view(1, 1, -1)
+    inside = one.frame.enter(one.keys, slots)
+    asked = one.asked
+    hidden = torch.arange(36) > torch.tensor(asked)[:, None]
+
+    def output(keys: Tensor, values: Tensor) -> Tensor:
+        logits = one.queries[:, :, asked] @ one.frame.leave(keys, slots).mT * one.scaling
+        attended = (logits.masked_fill(hidden, -torch.inf).softmax(-1) @ values)[0]
+        heads = torch.stack([attended[h] @ one.projection(h).float().mT for h in range(2)])
+        inverse = torch.tensor([one.inverse_residual(i) for i in asked])
+        return heads * (inverse / len(asked)).sqrt()[:, None]
+
+    jacobians = torch.autograd.functional.jacobian(output, (inside, one.values.contiguous()))
+    for moments, jacobian in zip((found.key, found.value), jacobians, strict=True):
+        for head in range(2):
+            rows = jacobian[head, :, :, 0, head, 4:].flatten(0, 2).double()
+            expected = rows.mT @ rows
+            close((moments.weight[head] * moments.metric[head])[None], expected[None], 2e-3)
+
+
+# -- sampling
+
+
+def test_only_the_last_three_quarters_ask_and_later_tokens_do_not_matter() -> None:
+    one = case(200)
+    found = one.statistics()
+    one.queries[:, :, :50] = torch.nan
+    assert same(one.statistics(), found)
+    one.queries[:, :, -1] += 5
+    assert not same(one.statistics(), found)
+
+
+def test_a_sample_of_pages_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the uniform share; influence may sit in a few pairs."""
+    monkeypatch.setattr(statistics, "_INFLUENCE", 0.0)
+    one = case(1600, kv_heads=1, page=16)
+    found = one.statistics()
+    monkeypatch.setattr(statistics, "_PAGES", 10_000)
+    every = one.statistics()
+    assert not torch.equal(found.key.metric, every.key.metric)
+    close(found.key.metric, every.key.metric.double(), 0.1)
+
+
+def test_a_sample_of_queries_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = case(600, kv_heads=1, group=4)
+    found = one.statistics()
+    monkeypatch.setattr(statistics, "_QUERIES", 10_000)
+    every = one.statistics()
+    for side in ("key", "value"):
+        few, all_of_them = (getattr(x, side).weight for x in (found, every))
+        assert 0.8 < float(few / all_of_them) < 1.25
+
+
+# -- sinks, averages, profiles
+
+
+def test_sinks_shape_the_attention_but_not_the_statistics() -> None:
+    plain, loud = case(), case()
+    for name in ("keys", "values", "queries", "output"):
+        setattr(loud, name, getattr(plain, name))
+    loud.keys, loud.values = plain.keys.clone(), plain.values.clone()
+    loud.keys[:, :, :4] *= 30
+    loud.values[:, :, :4] *= 0.01
+    found = [one.statistics() for one in (plain, loud)]
+    for side in ("key", "value"):
+        for name in ("mean", "covariance"):
+            pair = [getattr(getattr(x, side), name) for x in found]
+            assert torch.equal(*pair)
+    assert not torch.allclose(found[0].value.weight, found[1].value.weight, rtol=0.05)
+    check(loud)
+
+
+def same(a: LayerStatistics, b: LayerStatistics) -> bool:
+    fields = [
+        [*vars(one.key).values(), *vars(one.value).values(), one.inverse_residual] for one in (a, b)
+    ]
+    return all(torch.equal(x, y) for x, y in zip(*fields, strict=True))
+
+
+def test_equal_input_gives_equal_statistics_and_profiles() -> None:
+    one = case(group=2, batch=2)
+    assert same(one.statistics(), one.statistics())
+    profiles = [one.statistics().profile() for _ in range(2)]
+    for side in ("key", "value"):
+        for a, b in zip(*(vars(getattr(p, side)).values() for p in profiles), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_several_texts_are_averaged() -> None:
+    parts = [case().statistics() for _ in range(3)]
+    mean = LayerStatistics.mean(parts)
+    for side in ("key", "value"):
+        for name in ("mean", "covariance", "metric", "weight"):
+            every = [getattr(getattr(part, side), name) for part in parts]
+            torch.testing.assert_close(getattr(getattr(mean, side), name), sum(every) / 3)
+    inverse = sum(float(part.inverse_residual) for part in parts) / 3
+    assert float(mean.inverse_residual) == pytest.approx(inverse)
+    assert same(LayerStatistics.mean(parts[:1]), parts[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_profile_whitens_what_it_was_built_from(dtype: torch.dtype) -> None:
+    one = case(300, group=2)
+    one.keys, one.values, one.queries = (x.to(dtype) for x in (one.keys, one.values, one.queries))
+    found = one.statistics()
+    profile = found.profile()
+    assert profile.inverse_residual == float(found.inverse_residual)
+    bodies = one.inside(one.keys), one.values[0, :, one.skip :].float()
+    for side, moments, x in zip(
+        (profile.key, profile.value), (found.key, found.value), bodies, strict=True
+    ):
+        assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in vars(side).values())
+        assert torch.equal(side.weight, moments.weight)
+        assert torch.equal(side.mean, moments.mean)
+        y = (x - side.mean[:, None]) @ side.forward.mT
+        size = y.square().mean(1).unflatten(-1, (-1, 8)).mean(-1)
+        torch.testing.assert_close(size, torch.ones_like(size), rtol=1e-2, atol=0)
+        torch.testing.assert_close(
+            y @ side.inverse.mT + side.mean[:, None], x, rtol=1e-3, atol=2e-3
+        )
+        assert (side.variance.diff(dim=-1) <= 0).all()
+        # Unit noise in code space costs what the variances say, in the ridged metric.
+        ridge = RIDGE * moments.metric.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+        metric = moments.metric + ridge * torch.eye(x.shape[-1])
+        cost = side.inverse.mT @ metric @ side.inverse
+        close(cost, torch.diag_embed(side.variance.repeat_interleave(8, -1)).double(), 1e-2)
+
+
+def test_constant_vectors_still_have_a_finite_profile() -> None:
+    one = case()
+    one.keys[:, 0], one.values[:, 1] = 1.5, 0.0
+    profile = replace(one, frame=KeyFrame(None, 0)).statistics().profile()
+    for side in (profile.key, profile.value):
+        assert all(torch.isfinite(x).all() for x in vars(side).values())
+        product = side.inverse.double() @ side.forward.double()
+        torch.testing.assert_close(
+            product, torch.eye(product.shape[-1]).expand_as(product).double(), rtol=0, atol=1e-3
+        )
