@@ -75,7 +75,7 @@ def main(
         raise typer.Exit(1) from error
     out = Console()
     if not out.is_terminal:  # 80 columns by default, which would cut the figures off
-        out = Console(width=120)
+        out = Console(width=140)
     out.print(table(result["summary"], result["title"]))
     for what, why in result["not_runnable"].items():
         out.print(f"not runnable: {what}: {why}", markup=False, highlight=False)

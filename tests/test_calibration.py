@@ -13,6 +13,7 @@ from nexusquant.calibration import own_text
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.profiles import forget_profiles
 from nexusquant.profile import SIDES, Profile
+from nexusquant.statistics import MIN_TOKENS
 from tests.tiny_checkpoint import LINES, tiny_model, tiny_tokenizer
 
 
@@ -23,7 +24,9 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def model(tokenizer: Any) -> Any:
-    return tiny_model(len(tokenizer))
+    model = tiny_model(len(tokenizer))
+    model.config.max_position_embeddings = 1 << 16
+    return model
 
 
 def text(tokens: int, line: int = 0) -> str:
@@ -99,11 +102,11 @@ def test_pieces_are_taken_in_turn(model: Any, tokenizer: Any) -> None:
 def test_a_last_piece_counts_if_it_is_long_enough(model: Any, tokenizer: Any) -> None:
     source = text(1700)
     total = tokenizer(source, return_tensors="pt").input_ids.shape[1]
-    for tokens in (total - 512, total - 511):
+    for tokens in (total - MIN_TOKENS, total - MIN_TOKENS + 1):
         read = Read(model)
         calibrate(model, tokenizer, [source], tokens=tokens)
         have = [part.shape[1] for part in read.ids]
-        assert have == ([tokens, 512] if tokens == total - 512 else [tokens])
+        assert have == ([tokens, MIN_TOKENS] if tokens == total - MIN_TOKENS else [tokens])
 
 
 def test_texts_count_the_same_and_the_result_is_reproducible(model: Any, tokenizer: Any) -> None:
@@ -150,9 +153,9 @@ def test_the_model_is_left_as_it_was(model: Any, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("texts", "settings", "message"),
     [
-        (["short"], {}, "none of the 1 texts has 512 tokens"),
-        (["short", "and sweet"], {}, "none of the 2 texts has 512 tokens"),
-        ([], {}, "none of the 0 texts has 512 tokens"),
+        (["short"], {}, "none of the 1 texts has 448 tokens"),
+        (["short", "and sweet"], {}, "none of the 2 texts has 448 tokens"),
+        ([], {}, "none of the 0 texts has 448 tokens"),
     ],
 )
 def test_too_little_text(
@@ -171,6 +174,28 @@ def test_pieces_too_short_for_a_profile_are_refused_by_their_own_name(
         calibrate(model, tokenizer, [text(3000)], tokens=256)
     with pytest.raises(ConfigError, match="pieces"):
         calibrate(model, tokenizer, [text(3000)], pieces=0)
+    with pytest.raises(ConfigError, match="a list of texts"):
+        calibrate(model, tokenizer, text(3000))
+    model.config.max_position_embeddings = 300
+    with pytest.raises(ConfigError, match="of at most 300 that the model takes"):
+        calibrate(model, tokenizer, [text(3000)])
+
+
+def test_pieces_are_no_longer_than_the_model_takes(model: Any, tokenizer: Any) -> None:
+    model.config.max_position_embeddings = 600
+    read = Read(model)
+    calibrate(model, tokenizer, [text(3000)], pieces=1)
+    assert [ids.shape[1] for ids in read.ids] == [600]
+
+
+def test_dropout_is_off_meanwhile(model: Any, tokenizer: Any) -> None:
+    seen: list[bool] = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(module.training))
+    model.train()
+    calibrate(model, tokenizer, [text(700)], tokens=600)
+    assert seen
+    assert not any(seen)
+    assert model.training
 
 
 def test_what_cannot_have_a_compressed_cache(tokenizer: Any) -> None:

@@ -88,7 +88,8 @@ def test_a_head_without_any_influence_breaks_nothing() -> None:
     one = layer()
     one.key.weight[0] = 0
     known = profile(one)
-    assert 0 < Shared.of([one]).key < 1e-10
+    strongest = float(one.key.weight.max())
+    assert 1e-6 * strongest < Shared.of([one]).key < strongest
     cost = one.costs(Shared.of([one]))[0]
     assert not cost[0].any()
     assert (cost[1] > 0).all()

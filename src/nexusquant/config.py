@@ -167,7 +167,7 @@ PRESETS: dict[str, CompressionConfig] = {
     "lossless": CompressionConfig(key_bits=2.15, value_bits=2.15),
     "high": _HIGH,
     "conservative": _HIGH,
-    "balanced": CompressionConfig(evict_ratio=0.4, key_bits=1.375, value_bits=1.375),
+    "balanced": CompressionConfig(evict_ratio=0.4, key_bits=1.37, value_bits=1.37),
     "max": _MAX,
     "aggressive": _MAX,
 }

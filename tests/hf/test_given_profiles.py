@@ -196,7 +196,7 @@ def test_profiles_of_other_kinds_of_model(build: Any, page: int) -> None:
 
 
 def test_layers_that_saw_too_few_tokens_stay_with_hadamard() -> None:
-    """Windows of 24 tokens never have 512; the budget is that of the layers that do."""
+    """Windows of 24 tokens never have enough; the budget is that of the layers that do."""
     model = tiny("gemma3")
     settings = {"residual_length": 8, "recent": 4}
     assert list(built(model, **settings).layers) == [1]

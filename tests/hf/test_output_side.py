@@ -112,7 +112,7 @@ def test_nobody_asks_when_no_profile_is_built(monkeypatch: pytest.MonkeyPatch) -
     model, seen = tiny(), Seen(monkeypatch)
     for settings in ({"codec": "exact"}, {"transform": "hadamard"}):
         model(prompt(530), past_key_values=NexusCache(model, CompressionConfig(**settings)))
-    model(prompt(500), past_key_values=NexusCache(model))
+    model(prompt(400), past_key_values=NexusCache(model))
     assert not seen.sides
     model(prompt(530), past_key_values=NexusCache(model))
     model(prompt(530), past_key_values=NexusCache(model))

@@ -15,6 +15,7 @@ from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.profiles import forget_profiles
 from nexusquant.profile import SIDES, Profile
 from nexusquant.quantizer import Orthonormal, Profiled
+from nexusquant.statistics import MIN_TOKENS
 from nexusquant.tokens import CodedTokens
 from tests.hf.models import feed, generate, left_padded, prompt, tiny
 from tests.hf.test_memory import walked_bytes
@@ -106,14 +107,14 @@ def test_a_profile_pays() -> None:
 def test_shorter_prompts_stay_with_hadamard_and_build_nothing() -> None:
     model = tiny()
     cache = NexusCache(model)
-    feed(model, cache, prompt(511), 511)
+    feed(model, cache, prompt(MIN_TOKENS - 1), MIN_TOKENS - 1)
     assert cache.profile is None
     assert bases(cache) == [{Orthonormal}] * 3
     feed(model, cache, prompt(LONG), LONG)  # what was begun goes on
     assert cache.profile is None
     assert bases(cache) == [{Orthonormal}] * 3
     other = NexusCache(model)
-    feed(model, other, prompt(512), 512)
+    feed(model, other, prompt(MIN_TOKENS), MIN_TOKENS)
     assert other.profile is not None
 
 
@@ -246,8 +247,8 @@ def test_a_profile_is_built_of_the_longest_row_without_its_padding() -> None:
         torch.testing.assert_close(x, tensors(alone.profile)[name], rtol=5e-3, atol=5e-3)
     # Padding does not count: all rows are too short here.
     model = tiny()
-    ids, mask = left_padded([500, 400])
-    ids, mask = (torch.nn.functional.pad(x, (60, 0)) for x in (ids, mask))
+    ids, mask = left_padded([440, 400])
+    ids, mask = (torch.nn.functional.pad(x, (120, 0)) for x in (ids, mask))
     cache = NexusCache(model)
     feed(model, cache, ids, 560, mask)
     assert cache.profile is None
