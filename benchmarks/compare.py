@@ -30,7 +30,7 @@ from benchmarks.original import Package
 from benchmarks.plot import draw
 from nexusquant import __version__, calibrate
 from nexusquant.accounting import storage_bytes
-from nexusquant.demo import demo_text
+from nexusquant.demo import calibration_text, demo_text
 from nexusquant.errors import NexusQuantError
 from nexusquant.loading import demo_model, load_model
 from nexusquant.progress import Steps, progress_steps, quiet_transformers
@@ -173,10 +173,7 @@ def _calibration_texts(files: Sequence[Path]) -> list[str]:
     """The files, or help topics of Python that are not in the demo's text."""
     if files:
         return [path.read_text(encoding="utf-8") for path in files]
-    from pydoc_data.topics import topics
-
-    scored = demo_text()
-    return ["\n\n".join(body for body in topics.values() if body.strip() not in scored)]
+    return [calibration_text()]
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from nexusquant.config import CompressionConfig
-from nexusquant.errors import ConfigError
+from nexusquant.errors import ConfigError, ProfileError
 from nexusquant.hf.cache import check_model, compact_layers, text_config
 from nexusquant.hf.notices import Notices
-from nexusquant.hf.profiles import Collector, remember_profile
+from nexusquant.hf.profiles import Collector, find_profile, remember_profile
 from nexusquant.profile import Profile
 from nexusquant.statistics import MIN_TOKENS
 
@@ -80,6 +80,29 @@ def calibrate(
     profile = collector.profile_of(model, source, total)
     remember_profile(model, profile)
     return profile
+
+
+def ensure_profile(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    rope_page: int = CompressionConfig.rope_page,
+    report: Callable[[str], None] = lambda step: None,
+) -> Profile | None:
+    """The profile that caches of `model` will use, built from `text` if there is none yet.
+
+    Without it the first cache measured would differ from the others: it builds the profile. None if
+    the text or the model's context is too short for one.
+    """
+    known = find_profile(model, rope_page)
+    if known is not None:
+        return known
+    report("building a profile, as none is stored (nexusquant calibrate)")
+    try:
+        return calibrate(model, tokenizer, [text], pieces=4, rope_page=rope_page, report=report)
+    except (ConfigError, ProfileError):
+        return None
 
 
 def _pieces(tokenizer: Any, texts: Iterable[str], tokens: int, count: int) -> list[Tensor]:

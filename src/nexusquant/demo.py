@@ -39,11 +39,11 @@ def demo_text() -> str:
     return "\n\n".join(topics[name].strip() for name in _TOPICS)
 
 
-def reference_text() -> str:
-    """All help topics of the language reference, about 300 KB."""
+def calibration_text() -> str:
+    """The help topics of the language reference that `demo_text` leaves out."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name].strip() for name in sorted(topics))
+    return "\n\n".join(topics[name].strip() for name in sorted(set(topics) - set(_TOPICS)))
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> tuple[str, int]:

@@ -37,7 +37,7 @@ def calibrate(
     """
     from nexusquant.calibration import calibrate as build
     from nexusquant.calibration import own_text
-    from nexusquant.demo import reference_text
+    from nexusquant.demo import calibration_text
     from nexusquant.loading import load_model
     from nexusquant.profile_store import save_profile
     from nexusquant.progress import progress_steps, quiet_transformers
@@ -54,7 +54,7 @@ def calibrate(
             )
         else:
             source = ", ".join(path.name for path in text or []) or "Python language reference"
-            contents = contents or [reference_text()]
+            contents = contents or [calibration_text()]
         profile = build(
             network, tokenizer, contents, tokens=tokens, pieces=pieces, rope_page=rope_page,
             source=source, report=progress.step,

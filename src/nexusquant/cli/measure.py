@@ -45,7 +45,8 @@ def evaluate(
 ) -> None:
     """Measure presets on real text: KL from the uncompressed model, perplexity, ratio.
 
-    Without --text the text is the Python language reference that every Python carries.
+    Without --text the text is from the Python language reference that every Python carries; so is
+    the text of the profile, other parts of it, if none is stored (`nexusquant calibrate`).
     """
     sizes, places = numbers(lengths, "--lengths", int), numbers(depths, "--depths", float)
     if decode > continuation:
@@ -56,6 +57,7 @@ def evaluate(
         check_writable(json)
     from nexusquant import __version__
     from nexusquant import demo as lab
+    from nexusquant.calibration import ensure_profile
     from nexusquant.cli.tables import (
         decoding_table,
         divergence_table,
@@ -74,6 +76,10 @@ def evaluate(
     with quiet_transformers(), progress_steps() as progress:
         network, tokenizer = load_model(folder(model, progress), dtype, device)
         bench = Bench(network, tokenizer, texts, configs, progress)
+        for page in sorted({each.rope_page for each in configs.values()}):
+            ensure_profile(
+                network, tokenizer, lab.calibration_text(), rope_page=page, report=progress.step
+            )
         bench.need(prefix + continuation, f"--prefix {prefix} + --continuation {continuation}")
         if drift:
             bench.need(prefix + drift, f"--prefix {prefix} + --drift {drift}")
