@@ -111,7 +111,7 @@ def test_sliding_layers_stay_bounded_and_right_far_beyond_the_window(kind: str) 
             feed(model, cache, prompt(1, batch=2, seed=step), 1)
             for layer in cache.layers:
                 if layer.is_sliding:
-                    most = max(most, layer.stored.count + layer.tail_keys.shape[2])
+                    most = max(most, layer.stored.count + layer.tail.keys.shape[2])
         # window + what waits for its block + what waits to be worth a copy
         assert WINDOW - 1 <= most <= WINDOW - 1 + 8 + 32
 

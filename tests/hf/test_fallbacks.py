@@ -272,6 +272,6 @@ def test_gradients_are_right_or_refused() -> None:
     cache = NexusCache(model, "max")
     stock = gradient(DynamicCache(config=model.config))
     torch.testing.assert_close(gradient(cache), stock, rtol=1e-4, atol=1e-5)
-    assert all(not x.requires_grad for x in (cache.layers[0].tail_keys,))
+    assert all(not x.requires_grad for x in (cache.layers[0].tail.keys,))
     with pytest.raises(UnsupportedError, match="no gradient flows into the past"):
         gradient(cache)

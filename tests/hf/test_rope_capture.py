@@ -62,7 +62,7 @@ def assert_unrotated(cache: NexusCache, keys: Keys) -> None:
     for index, layer in enumerate(cache.layers):
         assert layer.rope is not None
         start = layer.tail_start
-        tail = layer.tail_keys
+        tail = layer.tail.keys
         slots = torch.arange(start, start + tail.shape[2]).view(1, 1, -1)
         frame = layer.frame()
         plain = frame.enter(tail, slots)
@@ -105,11 +105,11 @@ def test_keys_are_turned_back_to_the_start_of_their_page(name: str, page: int) -
     scaling = model.model.rotary_emb.attention_scaling
     slots = torch.arange(100).view(1, 1, -1)
     for index, layer in enumerate(cache.layers):
-        mine = layer.frame().enter(layer.tail_keys, slots)
+        mine = layer.frame().enter(layer.tail.keys, slots)
         _, want = apply_rotary_pos_emb(keys[index], keys[index], cos / scaling, sin / scaling)
         torch.testing.assert_close(mine, want, rtol=0, atol=2e-5)
         back = layer.frame().leave(mine, slots)
-        torch.testing.assert_close(back, layer.tail_keys, rtol=0, atol=2e-5)
+        torch.testing.assert_close(back, layer.tail.keys, rtol=0, atol=2e-5)
 
 
 def test_gemma3_has_one_table_per_kind_of_layer() -> None:

@@ -16,6 +16,7 @@ from nexusquant.hf.handle import KVHandle, Snapshot
 from nexusquant.hf.output_side import output_side
 from nexusquant.hf.passes import residual_of, rotary_of
 from nexusquant.hf.rope_tables import rotary_frequencies
+from nexusquant.hf.tail import Call
 from nexusquant.math.rope import Frequencies
 
 _REFUSED = ("position_bias", "indices", "block_indices", "cu_seq_lens_q")
@@ -67,10 +68,11 @@ def _nexus_attention(
         output.register_hook(_no_gradient)
     valid = _valid(attention_mask, snapshot)
     width = query.shape[1] * snapshot.tail_values.shape[-1]
-    layer.absorb(
-        query, valid, scale, kwargs.get("softcap"),
+    call = Call(
+        query.detach(), valid, scale, kwargs.get("softcap"),
         lambda: output_side(module, width, residual_of(query.shape[2])),
     )  # fmt: skip
+    layer.absorb(call)
     return output, weights
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from nexusquant.accounting import owned
 from nexusquant.compressor import Chunk, Stored, compress
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import UnsupportedError
@@ -19,12 +18,12 @@ from nexusquant.hf.notices import Notices
 from nexusquant.hf.passes import note_update
 from nexusquant.hf.profiles import ProfileBook
 from nexusquant.hf.rope_tables import LayerRope, RopeBook, RotaryCall
+from nexusquant.hf.tail import Call, Tail
 from nexusquant.math.e8 import GROUP
 from nexusquant.math.rope import Frequencies, KeyFrame
-from nexusquant.retention import WINDOW, retain
-from nexusquant.statistics import OutputSide
+from nexusquant.retention import retain
 
-_STATE = ("stored", "tail_keys", "tail_values", "tail_queries", "length", "deferred", "rope")
+_STATE = ("stored", "tail", "length", "deferred", "rope")
 
 
 class CompactLayer(CacheLayerMixin):
@@ -55,12 +54,10 @@ class CompactLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.stored = Stored()
-        self.tail_keys: Tensor | None = None
-        self.tail_values: Tensor | None = None
-        self.tail_queries: Tensor | None = None  # only under max_tokens
+        self.tail: Tail | None = None
         self.length = 0
         self.is_initialized = False
-        self.deferred: tuple[Tensor, Tensor | None, float, float | None] | None = None
+        self.deferred: Call | None = None
         if self.rope is not None:
             self.rope.truncate(0)
 
@@ -102,20 +99,21 @@ class CompactLayer(CacheLayerMixin):
             )
         note_update(self, self.lease.model if self.lease is not None else None)
         first_column = self.first_visible
-        new = key_states, value_states
-        if self.tail_keys is not None and self.tail_values is not None:
-            if self.tail_keys.shape[:2] != key_states.shape[:2]:
-                held, given = tuple(self.tail_keys.shape[:2]), tuple(key_states.shape[:2])
+        tail = Tail(key_states, value_states)
+        if self.tail is not None:
+            held, given = tuple(self.tail.keys.shape[:2]), tuple(key_states.shape[:2])
+            if held != given:
                 raise UnsupportedError(
                     f"layer {self.layer_idx} holds (batch, KV heads) {held} but was given {given};"
                     " start a new cache, or select or repeat rows of this one first."
                 )
-            new = torch.cat([self.tail_keys, new[0]], -2), torch.cat([self.tail_values, new[1]], -2)
-        self.tail_keys, self.tail_values = new[0].detach(), new[1].detach()
+            tail = self.tail.append(key_states, value_states)
+        self.tail = tail.detached()
         self.length += key_states.shape[-2]
         snapshot = Snapshot(
-            self, self.stored, *new, self.tail_start, key_states.shape[-2], first_column
-        )
+            self, self.stored, tail.keys, tail.values, self.tail_start, key_states.shape[-2],
+            first_column,
+        )  # fmt: skip
         return KVHandle(snapshot, 0), KVHandle(snapshot, 1)
 
     def get_seq_length(self) -> int:
@@ -145,8 +143,8 @@ class CompactLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Rows, -1 before the first update."""
-        if self.tail_keys is not None:
-            return self.tail_keys.shape[0]
+        if self.tail is not None:
+            return self.tail.keys.shape[0]
         for part in self.stored.parts():
             return part.batch_size
         return -1
@@ -154,20 +152,19 @@ class CompactLayer(CacheLayerMixin):
     @property
     def tail_start(self) -> int:
         """Slot of the first uncoded tail token."""
-        return self.length - (0 if self.tail_keys is None else self.tail_keys.shape[2])
+        return self.length - (0 if self.tail is None else self.tail.count)
 
     # Readers of layer.keys (debuggers, cross-attention) get a lazy handle.
     keys = property(lambda self: self._peek(0), lambda self, value: None)
     values = property(lambda self: self._peek(1), lambda self, value: None)
 
     def _peek(self, which: int) -> Tensor | None:
-        if not getattr(self, "is_initialized", False) or self.tail_keys is None:
+        if not getattr(self, "is_initialized", False) or self.tail is None:
             return None
-        assert self.tail_values is not None
-        first = self.first_visible
         snapshot = Snapshot(
-            self, self.stored, self.tail_keys, self.tail_values, self.tail_start, 0, first
-        )
+            self, self.stored, self.tail.keys, self.tail.values, self.tail_start, 0,
+            self.first_visible,
+        )  # fmt: skip
         return KVHandle(snapshot, which)
 
     # -- what our attention function asks for
@@ -192,82 +189,55 @@ class CompactLayer(CacheLayerMixin):
         head_dim = snapshot.tail_keys.shape[-1]
         self.rope = self.book.record(self.rope, call, module, past, candidates, head_dim)
 
-    def absorb(
-        self,
-        query: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        output: Callable[[], OutputSide] | None = None,
-    ) -> None:
-        """This layer's attention is done: compress the tail if it is long enough.
-
-        Args:
-            query: (batch, query_heads, q_len, dim) post-RoPE, of the last q_len tail tokens.
-            valid: (batch, tail) bool, False for padding.
-            output: where this attention's output goes; without it no profile is built.
-        """
+    def absorb(self, call: Call) -> None:
+        """This layer's attention is done: compress the tail if it is long enough."""
         self.reached = True
         if self.record_past:  # a rollback may come: `crop` compresses
-            self.deferred = (query.detach(), valid, scaling, softcap)
+            self.deferred = replace(call, output=None)
             return
-        if self.config.max_tokens is not None:
-            self._remember_queries(query.detach())
-        self._compress(query.detach(), valid, scaling, softcap, output)
+        if self.config.max_tokens is not None and self.tail is not None:
+            self.tail = self.tail.remember(call.query)
+        self._compress(call)
 
-    def _remember_queries(self, query: Tensor) -> None:
-        """Keep the latest queries: they decide what leaves when there are too many tokens."""
-        held = [] if self.tail_queries is None else [self.tail_queries]
-        self.tail_queries = torch.cat([*held, query], 2)[:, :, -WINDOW:].clone()
-
-    def _compress(
-        self,
-        query: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        output: Callable[[], OutputSide] | None = None,
-    ) -> None:
-        if self.tail_keys is None or self.tail_values is None:
+    def _compress(self, call: Call) -> None:
+        tail, config = self.tail, self.config
+        if tail is None:
             return
-        if self.exact or self.tail_keys.shape[2] < self.config.residual_length:
-            self.tail_keys, self.tail_values = owned(self.tail_keys), owned(self.tail_values)
+        if self.exact or tail.count < config.residual_length:
+            self.tail = tail.owned()
             return
+        many = call.query.shape[2] >= config.residual_length
         chunk = Chunk(
-            self.tail_keys, self.tail_values, self.tail_start, valid,
-            query[:, :, -self.tail_keys.shape[2] :]
-            if query.shape[2] >= self.config.residual_length
-            else None,
-            scaling, softcap, self.layer_idx,
+            tail.keys, tail.values, self.tail_start, call.valid,
+            call.query[:, :, -tail.count :] if many else None, call.scaling, call.softcap,
+            self.layer_idx,
         )  # fmt: skip
         frame, profile = self.frame(), None
         if self.profiles is not None and not self.stored.body:
-            profile = self.profiles.obtain(chunk, frame, self.config.sinks, output)
-        self.stored = compress(self.config, self.stored, chunk, frame, profile)
-        if self.config.max_tokens is not None:
-            latest = query if self.tail_queries is None else self.tail_queries
+            profile = self.profiles.obtain(chunk, frame, config.sinks, call.output)
+        self.stored = compress(config, self.stored, chunk, frame, profile)
+        if config.max_tokens is not None:
             self.stored = retain(
-                self.stored, self.config.max_tokens, latest, frame=frame, scaling=scaling,
-                softcap=softcap, recent_from=self.length - self.config.recent,
+                self.stored, config.max_tokens,
+                call.query if tail.queries is None else tail.queries, frame=frame,
+                scaling=call.scaling, softcap=call.softcap,
+                recent_from=self.length - config.recent,
             )  # fmt: skip
-        # Fresh empty tensors: a view would keep the whole prompt's storage alive.
-        self.tail_keys = torch.empty_like(self.tail_keys[:, :, :0])
-        self.tail_values = torch.empty_like(self.tail_values[:, :, :0])
+        self.tail = tail.emptied()
 
     @property
     def elements(self) -> int:
         """Elements of K and V that an uncompressed layer would hold now."""
-        if self.tail_keys is None or self.tail_values is None:
+        if self.tail is None:
             return 0
         tokens = self.length - self.first_visible
-        shapes = (self.tail_keys.shape, self.tail_values.shape)
+        shapes = (self.tail.keys.shape, self.tail.values.shape)
         return tokens * sum(b * h * d for b, h, _, d in shapes)
 
     def tensors(self) -> list[Any]:
         """Everything that holds storage, for accounting."""
         spans = self.rope.table.spans if self.rope else None
-        tail = [self.tail_keys, self.tail_values, self.tail_queries]
-        return [self.stored, tail, spans, self.deferred]
+        return [self.stored, self.tail, spans, self.deferred]
 
     # -- batch operations, rollback, offload
 
@@ -276,10 +246,8 @@ class CompactLayer(CacheLayerMixin):
         if batch < 0:
             return
         self.stored = self.stored.map(fn)
-        if self.tail_keys is not None and self.tail_values is not None:
-            self.tail_keys, self.tail_values = fn(self.tail_keys), fn(self.tail_values)
-        if self.tail_queries is not None:
-            self.tail_queries = fn(self.tail_queries)
+        if self.tail is not None:
+            self.tail = self.tail.map(fn)
         if self.rope is not None:
             self.rope.map(fn, batch)
 
@@ -307,24 +275,17 @@ class CompactLayer(CacheLayerMixin):
         """
         count = self.length - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         if count > 0 and self.is_initialized:
-            have = 0 if self.tail_keys is None else self.tail_keys.shape[2]
-            if count > have:
+            have = 0 if self.tail is None else self.tail.count
+            if self.tail is None or count > have:
                 raise UnsupportedError(
                     f"cannot remove {count} tokens from layer {self.layer_idx}: only the last"
                     f" {have} are uncompressed. Call activate_past_recording() before adding them."
                 )
-            assert self.tail_keys is not None
-            assert self.tail_values is not None
-            self.tail_keys = self.tail_keys[:, :, : have - count]
-            self.tail_values = self.tail_values[:, :, : have - count]
+            self.tail = self.tail.without_last(count)
             self.length -= count
         if self.deferred is not None:
-            query, valid, scaling, softcap = self.deferred
-            self.deferred = None
-            if count:
-                query = query[:, :, : max(query.shape[2] - count, 0)]
-                valid = None if valid is None else valid[:, : valid.shape[1] - count]
-            self._compress(query, valid, scaling, softcap)
+            call, self.deferred = self.deferred, None
+            self._compress(call.without_last(count))
 
     def offload(self) -> None:
         """Move to the CPU."""

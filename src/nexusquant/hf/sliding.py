@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
+from dataclasses import replace
 
 from nexusquant.config import CompressionConfig
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
-from nexusquant.statistics import OutputSide
+from nexusquant.hf.tail import Call
 
 
 class CompactSlidingLayer(CompactLayer):
@@ -40,19 +38,12 @@ class CompactSlidingLayer(CompactLayer):
         """First slot that the next query can see."""
         return max(self.length - self.sliding_window + 1, 0)
 
-    def _compress(
-        self,
-        query: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        output: Callable[[], OutputSide] | None = None,
-    ) -> None:
+    def _compress(self, call: Call) -> None:
         first = self.first_visible
         self.stored = self.stored.drop_before(first)
         surplus = first - self.tail_start
-        if surplus > 0 and self.tail_keys is not None and self.tail_values is not None:
-            self.tail_keys = self.tail_keys[:, :, surplus:].clone()
-            self.tail_values = self.tail_values[:, :, surplus:].clone()
-            valid = None if valid is None else valid[:, surplus:]
-        super()._compress(query, valid, scaling, softcap, output)
+        if surplus > 0 and self.tail is not None:
+            self.tail = self.tail.without_first(surplus)
+            valid = None if call.valid is None else call.valid[:, surplus:]
+            call = replace(call, valid=valid)
+        super()._compress(call)

@@ -1,0 +1,98 @@
+"""The uncoded end of a layer's cache, and what an attention call over it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nexusquant.accounting import owned
+from nexusquant.retention import WINDOW
+from nexusquant.statistics import OutputSide
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call of a layer, as far as compression needs it.
+
+    Args:
+        query: (batch, query_heads, q_len, dim) post-RoPE, of the last q_len tail tokens.
+        valid: (batch, tail) bool, False for padding; None if all are real.
+        scaling: factor on the logits.
+        softcap: logit soft cap, if the model has one.
+        output: where the attention's output goes; without it no profile is built from this call.
+    """
+
+    query: Tensor
+    valid: Tensor | None
+    scaling: float
+    softcap: float | None
+    output: Callable[[], OutputSide] | None = None
+
+    def without_last(self, count: int) -> Call:
+        """As if the last `count` tokens had not been there."""
+        if not count:
+            return self
+        valid = None if self.valid is None else self.valid[:, : self.valid.shape[1] - count]
+        kept = max(self.query.shape[2] - count, 0)
+        return replace(self, query=self.query[:, :, :kept], valid=valid)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Uncoded tokens behind the stored ones. Immutable.
+
+    Args:
+        keys, values: (batch, kv_heads, tokens, dim), keys post-RoPE.
+        queries: the latest queries, (batch, query_heads, n, dim), kept under `max_tokens` only:
+            they decide what leaves.
+    """
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """Tokens."""
+        return self.keys.shape[2]
+
+    def append(self, keys: Tensor, values: Tensor) -> Tail:
+        """With more tokens behind."""
+        both = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+        return replace(self, keys=both[0], values=both[1])
+
+    def detached(self) -> Tail:
+        """Outside of autograd."""
+        return replace(self, keys=self.keys.detach(), values=self.values.detach())
+
+    def without_last(self, count: int) -> Tail:
+        """Views without the last `count` tokens."""
+        kept = self.count - count
+        return replace(self, keys=self.keys[:, :, :kept], values=self.values[:, :, :kept])
+
+    def without_first(self, count: int) -> Tail:
+        """Without the first `count` tokens, in storage of its own."""
+        keys, values = self.keys[:, :, count:].clone(), self.values[:, :, count:].clone()
+        return replace(self, keys=keys, values=values)
+
+    def emptied(self) -> Tail:
+        """No tokens, in fresh storage: a view would keep that of the whole prompt alive."""
+        keys, values = (torch.empty_like(x[:, :, :0]) for x in (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
+
+    def owned(self) -> Tail:
+        """In storage of its own."""
+        return replace(self, keys=owned(self.keys), values=owned(self.values))
+
+    def remember(self, query: Tensor) -> Tail:
+        """With the latest queries."""
+        held = [] if self.queries is None else [self.queries]
+        return replace(self, queries=torch.cat([*held, query], 2)[:, :, -WINDOW:].clone())
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Tail:
+        """Apply a batch operation."""
+        queries = None if self.queries is None else fn(self.queries)
+        return Tail(fn(self.keys), fn(self.values), queries)
