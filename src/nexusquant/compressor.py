@@ -35,6 +35,7 @@ class Chunk:
         scaling: factor on the logits.
         softcap: logit soft cap, if the model has one.
         layer_idx: for messages and the random scorer.
+        received: (batch, kv_heads, tokens) from a second pass, for scorers that ask for one.
     """
 
     keys: Tensor
@@ -45,6 +46,7 @@ class Chunk:
     scaling: float = 1.0
     softcap: float | None = None
     layer_idx: int = 0
+    received: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def _scores(
     inputs = ScoreInputs(
         chunk.queries, chunk.keys, chunk.values, chunk.valid, chunk.scaling, chunk.softcap,
         _first_sinks(config, past), rope, config.seed, chunk.layer_idx,
+        chunk.received,
     )  # fmt: skip
     return get_scorer(config.scorer).score(inputs)
 

@@ -115,7 +115,7 @@ class Lease:
 def _hook_attention(model: nn.Module) -> list[Any]:
     handles = [
         model.register_forward_pre_hook(begin),
-        model.register_forward_hook(finish, always_call=True),
+        model.register_forward_hook(finish, with_kwargs=True, always_call=True),
     ]
     for name, module in model.named_modules():
         if "ttention" in type(module).__name__ and hasattr(module, "layer_idx"):

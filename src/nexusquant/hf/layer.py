@@ -12,21 +12,23 @@ from transformers.cache_utils import CacheLayerMixin
 from nexusquant.compressor import Chunk, Stored, compress
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import UnsupportedError
+from nexusquant.hf.batch import BatchOperations
 from nexusquant.hf.handle import KVHandle, Snapshot
 from nexusquant.hf.install import Lease
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.passes import note_update
 from nexusquant.hf.profiles import ProfileBook
 from nexusquant.hf.rope_tables import LayerRope, RopeBook, RotaryCall
+from nexusquant.hf.second_pass import note, reads_twice
 from nexusquant.hf.tail import Call, Tail
 from nexusquant.math.e8 import GROUP
 from nexusquant.math.rope import Frequencies, KeyFrame
 from nexusquant.retention import retain
 
-_STATE = ("stored", "tail", "length", "deferred", "rope")
+_STATE = ("stored", "tail", "length", "deferred", "waiting", "rope")
 
 
-class CompactLayer(CacheLayerMixin):
+class CompactLayer(BatchOperations, CacheLayerMixin):
     """One full-attention layer's cache.
 
     `update` appends to the tail and returns handles; our attention function calls `absorb` once
@@ -58,6 +60,8 @@ class CompactLayer(CacheLayerMixin):
         self.length = 0
         self.is_initialized = False
         self.deferred: Call | None = None
+        self.waiting: Call | None = None  # for a second pass over the prompt
+        self.repeating = False
         if self.rope is not None:
             self.rope.truncate(0)
 
@@ -192,11 +196,17 @@ class CompactLayer(CacheLayerMixin):
     def absorb(self, call: Call) -> None:
         """This layer's attention is done: compress the tail if it is long enough."""
         self.reached = True
+        if self.repeating:
+            note(self, call)
+            return
         if self.record_past:  # a rollback may come: `crop` compresses
             self.deferred = replace(call, output=None)
             return
         if self.config.max_tokens is not None and self.tail is not None:
             self.tail = self.tail.remember(call.query)
+        if not self.exact and reads_twice(self.config, call.query.shape[2]):
+            self.waiting = call
+            return
         self._compress(call)
 
     def _compress(self, call: Call) -> None:
@@ -210,7 +220,7 @@ class CompactLayer(CacheLayerMixin):
         chunk = Chunk(
             tail.keys, tail.values, self.tail_start, call.valid,
             call.query[:, :, -tail.count :] if many else None, call.scaling, call.softcap,
-            self.layer_idx,
+            self.layer_idx, call.received,
         )  # fmt: skip
         frame, profile = self.frame(), None
         if self.profiles is not None and not self.stored.body:
@@ -224,6 +234,18 @@ class CompactLayer(CacheLayerMixin):
                 recent_from=self.length - config.recent,
             )  # fmt: skip
         self.tail = tail.emptied()
+
+    def take_back(self, count: int) -> None:
+        """Remove the last `count` tail tokens."""
+        if count and self.tail is not None:
+            self.tail = self.tail.without_last(count)
+            self.length -= count
+
+    def compress_waiting(self) -> None:
+        """The second pass is over, or there is none."""
+        call, self.waiting = self.waiting, None
+        if call is not None:
+            self._compress(call)
 
     @property
     def elements(self) -> int:
@@ -239,9 +261,10 @@ class CompactLayer(CacheLayerMixin):
         spans = self.rope.table.spans if self.rope else None
         return [self.stored, self.tail, spans, self.deferred]
 
-    # -- batch operations, rollback, offload
+    # -- batch operations, rollback
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply a batch operation to everything held."""
         batch = self.batch_size
         if batch < 0:
             return
@@ -250,18 +273,6 @@ class CompactLayer(CacheLayerMixin):
             self.tail = self.tail.map(fn)
         if self.rope is not None:
             self.rope.map(fn, batch)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Batch row i becomes row beam_idx[i]."""
-        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every batch row `repeats` times in a row."""
-        self._map(lambda t: t.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some batch rows."""
-        self._map(lambda t: t[indices.to(t.device) if isinstance(indices, Tensor) else indices])
 
     def activate_past_recording(self) -> None:
         """Compress only after `crop` said which tokens stay."""
@@ -281,16 +292,7 @@ class CompactLayer(CacheLayerMixin):
                     f"cannot remove {count} tokens from layer {self.layer_idx}: only the last"
                     f" {have} are uncompressed. Call activate_past_recording() before adding them."
                 )
-            self.tail = self.tail.without_last(count)
-            self.length -= count
+            self.take_back(count)
         if self.deferred is not None:
             call, self.deferred = self.deferred, None
             self._compress(call.without_last(count))
-
-    def offload(self) -> None:
-        """Move to the CPU."""
-        self._map(lambda t: t.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Move back to the device of the first update."""
-        self._map(lambda t: t.to(self.device, non_blocking=True))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from nexusquant.hf.rope_tables import RotaryCall, forget_workspace, uses_rotary
+from nexusquant.hf.second_pass import read_again
 
 if TYPE_CHECKING:
     from nexusquant.hf.layer import CompactLayer
@@ -75,12 +76,19 @@ def begin(model: nn.Module, args: Any) -> None:
     _running.passes.append(_Pass(id(model)))
 
 
-def finish(model: nn.Module, args: Any, output: Any) -> None:
+def finish(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     """Forward hook of the model; after an exception the output is None."""
     _running.rotary, _running.residual = (None, None), None
     ended = _running.end(model)
-    if ended is not None:
-        ended.end(failed=output is None)
+    if ended is None:
+        return
+    try:
+        if output is not None:
+            read_again(model, [layer for layer, _ in ended.layers()], args, kwargs)
+    except BaseException:
+        ended.end(failed=True)
+        raise
+    ended.end(failed=output is None)
 
 
 def note_update(layer: CompactLayer, model: nn.Module | None) -> None:

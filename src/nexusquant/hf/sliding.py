@@ -45,5 +45,6 @@ class CompactSlidingLayer(CompactLayer):
         if surplus > 0 and self.tail is not None:
             self.tail = self.tail.without_first(surplus)
             valid = None if call.valid is None else call.valid[:, surplus:]
-            call = replace(call, valid=valid)
+            received = None if call.received is None else call.received[..., surplus:]
+            call = replace(call, valid=valid, received=received)
         super()._compress(call)

@@ -23,6 +23,8 @@ class Call:
         scaling: factor on the logits.
         softcap: logit soft cap, if the model has one.
         output: where the attention's output goes; without it no profile is built from this call.
+        received: (batch, kv_heads, tail), largest attention weight in a second pass, if there was
+            one.
     """
 
     query: Tensor
@@ -30,6 +32,7 @@ class Call:
     scaling: float
     softcap: float | None
     output: Callable[[], OutputSide] | None = None
+    received: Tensor | None = None
 
     def without_last(self, count: int) -> Call:
         """As if the last `count` tokens had not been there."""

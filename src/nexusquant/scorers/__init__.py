@@ -10,6 +10,7 @@ from nexusquant.scorers.base import ScoreInputs, Scorer, ScoringRope
 from nexusquant.scorers.expected_attention import ExpectedAttention
 from nexusquant.scorers.key_key import KeyKey
 from nexusquant.scorers.key_norm import KeyNorm
+from nexusquant.scorers.kvzip import KVzip
 from nexusquant.scorers.random import Random
 from nexusquant.scorers.snapkv import SnapKV
 
@@ -20,6 +21,7 @@ SCORERS: dict[str, Scorer] = {
     "snapkv": SnapKV(),
     "key_key": KeyKey(),
     "key_norm": KeyNorm(),
+    "kvzip": KVzip(),
     "random": Random(),
 }
 

@@ -39,6 +39,8 @@ class ScoreInputs:
     valid: `(batch, tokens)` bool, False where a candidate is padding; None if there is none.
     scaling, softcap: the model's attention logits are `softcap * tanh(scaling q.k / softcap)`.
     sinks: how many leading valid candidates are attention sinks.
+    received: `(batch, kv_heads, tokens)` fp32 from a second pass over the prompt, for scorers that
+        ask for one (`second_pass = True`); None if there was none.
     seed, layer_idx: for scorers that draw random numbers.
 
     Raises ConfigError if the shapes do not fit together.
@@ -54,6 +56,7 @@ class ScoreInputs:
     rope: ScoringRope | None = None
     seed: int = 0
     layer_idx: int = 0
+    received: Tensor | None = None
 
     def __post_init__(self) -> None:
         q, k, v = self.queries.shape, self.keys.shape, self.values.shape

@@ -1,0 +1,139 @@
+"""KVzip: the prompt is read twice, and only its importance remains of the second time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nexusquant import CompressionConfig, NexusCache, NexusQuantSimple, nexusquant_evict
+from nexusquant.hf import second_pass
+from nexusquant.hf.notices import NexusQuantWarning
+from nexusquant.scorers.base import causal_attention
+from tests.chunks import body_slots
+from tests.hf.models import KINDS, feed, prompt, tiny
+
+KVZIP = CompressionConfig(codec="exact", evict_ratio=0.5, scorer="kvzip", recent=4)
+
+
+def kept(cache: NexusCache, layer: int) -> list[list[list[int]]]:
+    """Slots per row and head."""
+    stored = cache.layers[layer].stored
+    return body_slots(stored, cache.layers[layer].batch_size, 2)
+
+
+def test_the_tokens_kept_are_those_attended_to_by_a_repetition() -> None:
+    """Against one plain forward pass over the prompt written twice."""
+    model, ids = tiny(), prompt(60)
+    cache = NexusCache(model, KVZIP)
+    feed(model, cache, ids, 60)
+    calls: list[dict[str, Tensor]] = []
+
+    def spy(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        calls.append({"query": query, "key": key})
+        return original(module, query, key, value, *args, **kwargs)
+
+    from transformers.modeling_utils import AttentionInterface
+
+    original = AttentionInterface()["sdpa"]
+    AttentionInterface.register("sdpa", spy)
+    try:
+        model(torch.cat([ids, ids], 1), use_cache=False)
+    finally:
+        AttentionInterface.register("sdpa", original)
+    for index, call in enumerate(calls):
+        weight = causal_attention(
+            call["query"][:, :, 60:], call["key"], None, first=60, scaling=16**-0.5
+        )
+        score = weight[..., :60].amax((2, 3))[0]
+        for head in range(2):
+            middle = score[head, 4:56].argsort(descending=True)[:22] + 4
+            expected = sorted([*middle.tolist(), *range(56, 60)])
+            assert kept(cache, index)[0][head] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_else_remains_of_the_second_pass(kind: str) -> None:
+    """Without eviction the outcome is that of one pass, bit for bit."""
+    model, ids = tiny(kind), prompt(90)
+    settings = CompressionConfig(residual_length=8, tiers=(), transform="hadamard")
+    once = NexusCache(model, settings)
+    twice = NexusCache(model, settings.replace(scorer="kvzip", tiers=(0.5,), tier_bits=0))
+    for cache in (once, twice):
+        feed(model, cache, ids, 90)
+        assert cache.get_seq_length() == 90
+    exact = NexusCache(model, "lossless", codec="exact"), NexusCache(model, KVZIP, evict_ratio=0.01)
+    a, b = (feed(model, cache, ids, 90) for cache in exact)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    lengths = {layer.rope.table.length for layer in twice.layers if layer.rope is not None}
+    feed(model, twice, ids[:, :3], 3)
+    assert all(length >= 90 for length in lengths)
+    assert {x.rope.table.length for x in twice.layers if x.rope is not None} <= {93}
+
+
+def test_in_pieces_and_left_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    short, long = prompt(40, seed=1), prompt(70, seed=2)
+    ids = torch.cat([torch.nn.functional.pad(short, (30, 0)), long])
+    mask = (torch.arange(70) >= torch.tensor([[30], [0]])).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    monkeypatch.setattr(second_pass, "_PIECE", 70)
+    alone = NexusCache(model, KVZIP)
+    feed(model, alone, long, 70)
+    batch = NexusCache(model, KVZIP)
+    model(ids, attention_mask=mask, position_ids=positions, past_key_values=batch)
+    assert kept(batch, 2)[1] == kept(alone, 2)[0]
+    monkeypatch.setattr(second_pass, "_PIECE", 13)
+    pieces = NexusCache(model, KVZIP)
+    feed(model, pieces, long, 70)
+    both = set(kept(pieces, 0)[0][0]) & set(kept(alone, 0)[0][0])
+    assert len(both) > 20, "a piece sees only part of the repetition, but the same prompt"
+
+
+def test_through_generate() -> None:
+    model = tiny()
+    with nexusquant_evict(model, "high", scorer="kvzip") as run:
+        out = model.generate(prompt(100), max_new_tokens=5, do_sample=False)
+    assert out.shape[1] == 105
+    assert run.stats.tokens == 104
+    assert run.stats.kept_tokens == pytest.approx(84)
+
+
+def test_where_no_second_pass_is_possible() -> None:
+    model = tiny()
+    embedded = model.get_input_embeddings()(prompt(80)).detach()
+    cache = NexusCache(model, KVZIP)
+    with pytest.warns(NexusQuantWarning, match="without token ids"):
+        model(inputs_embeds=embedded, past_key_values=cache)
+    other = NexusCache(model, KVZIP, scorer="expected_attention")
+    model(inputs_embeds=embedded, past_key_values=other)
+    assert kept(cache, 1) == kept(other, 1)
+    keys, values = torch.randn(1, 2, 64, 16), torch.randn(1, 2, 64, 16)
+    packed = [
+        NexusQuantSimple("balanced", scorer=name).encode(keys, values)
+        for name in ("kvzip", "expected_attention")
+    ]
+    assert packed[0].nbytes == packed[1].nbytes
+
+
+def test_a_second_pass_that_fails_undoes_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    cache = NexusCache(model, KVZIP)
+
+    def fail(*_: Any, **__: Any) -> Tensor:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(second_pass, "most_attention", fail)
+        with pytest.raises(MemoryError):
+            feed(model, cache, prompt(80), 80)
+    assert cache.get_seq_length() == 0
+    assert all(layer.waiting is None and not layer.repeating for layer in cache.layers)
+    feed(model, cache, prompt(80), 80)
+    fresh = NexusCache(model, KVZIP)
+    feed(model, fresh, prompt(80), 80)
+    assert kept(cache, 0) == kept(fresh, 0)
