@@ -28,8 +28,8 @@ MIN_TOKENS = 448
 """Tokens that a profile needs at least (docs/results: KL against the length it was built from). A
 little under 512, so that layers with a window of 512 get one."""
 
-_QUERIES = 32  # sampled per head
-_PAGES = 32  # pages of keys, evenly spaced, that the key metric looks at
+_QUERIES = 64  # sampled per KV head, at least a quarter of them per query head
+_PAGES = 16  # pages of keys, evenly spaced, that the key metric looks at
 _INFLUENCE = 0.25  # share of influence in the key metric
 
 
@@ -139,7 +139,9 @@ def layer_statistics(
         gram = torch.eye(dim, device=keys.device).expand(kv_heads, dim, dim)
     else:
         weight = projection.detach().to(keys.device).float().unflatten(-1, (kv_heads, -1, dim))
-        gram = torch.einsum("ohgd,ohge->hde", weight, weight) / weight.shape[2]
+        weight = weight.permute(1, 0, 2, 3)  # (kv_heads, hidden, group, dim)
+        stacked = weight.flatten(1, 2)
+        gram = stacked.mT @ stacked / weight.shape[2]
     attention = _influence(sample, gram, scaling, softcap)
     key_metric = _key_metric(sample, attention.per_key, frame) * scaling**2
     body = slice(sample.skip, None)
@@ -167,7 +169,8 @@ def _sample(
     real = everything if valid is None else everything[valid[row]]
     slots = real + start
     first = max(len(real) // 4, int((real < tokens - q_len).sum()))
-    count = min(_QUERIES, len(real) - first)
+    group = queries.shape[1] // keys.shape[1]
+    count = min(max(_QUERIES // group, _QUERIES // 4), len(real) - first)
     at = torch.linspace(first, len(real) - 1, count, device=keys.device).round().long()
     chosen = queries[row][:, real[at] - (tokens - q_len)].float()
     if output.residual is None:
