@@ -229,16 +229,15 @@ def test_codes_are_relative_to_the_sequence(size: float) -> None:
 
 
 def test_one_vector_far_beyond_the_others_does_not_spoil_them() -> None:
-    """It is refused, with a way out, or the others keep their accuracy."""
+    """It is refused, with a way out; one less far out is coded, and the others keep theirs."""
     keys, values = random_kv(tokens=100)
     keys[1, 2, 50] *= 1e6
     codec = NexusQuantSimple(codec="exact")
     assert torch.equal(codec.decode(codec.encode(keys, values))[0], keys)
     codec = NexusQuantSimple(tiers=(), key_bits=2)
-    try:
-        back = codec.decode(codec.encode(keys, values))[0]
-    except NonFiniteError as error:
-        assert "codec='exact'" in str(error)  # noqa: PT017
-        return
+    with pytest.raises(NonFiniteError, match="codec='exact'"):
+        codec.encode(keys, values)
+    keys[1, 2, 50] *= 50e-6  # 50 times the others: within the range of the gains
+    back = codec.decode(codec.encode(keys, values))[0]
     others = torch.arange(100) != 50
     assert float((back - keys)[1, 2, others].square().mean()) < 0.2

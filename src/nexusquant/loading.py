@@ -165,8 +165,8 @@ def _from_pretrained(
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
-    # Loaders raise OSError, ValueError, KeyError, SafetensorError, ...: to the caller all mean
-    # the same, and the first one stays attached as the cause.
+    # Third-party code runs here, the model's own included (remote code, quantizers, tokenizers):
+    # what it raises is not a closed list. Nothing is swallowed: the cause stays attached.
     except Exception as error:
         detail = str(error).strip().splitlines()
         hint = (
@@ -187,7 +187,8 @@ def _place(model: PreTrainedModel, device: str) -> PreTrainedModel:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model.to(torch.device(device))
-    # Unknown device, torch built without CUDA, and meta tensors raise one each.
+    # What torch raises, in this order: an unknown device, a torch built without CUDA, a model whose
+    # weights are on the meta device. The cause stays attached.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         detail = str(error).strip().splitlines()[0]
         raise LoadError(f"device {device!r} cannot be used: {detail}") from error

@@ -137,3 +137,16 @@ def test_a_second_pass_that_fails_undoes_the_first(monkeypatch: pytest.MonkeyPat
     fresh = NexusCache(model, KVZIP)
     feed(model, fresh, prompt(80), 80)
     assert kept(cache, 0) == kept(fresh, 0)
+
+
+def test_a_prompt_read_twice_leaves_no_lesser_profile_behind() -> None:
+    """The residual stream is gone when it is compressed, so it builds none; a known one is used."""
+    model = tiny()
+    cache = NexusCache(model, "high", scorer="kvzip")
+    feed(model, cache, prompt(600), 600)
+    assert cache.profile is None
+    feed(model, NexusCache(model, "high"), prompt(600), 600)
+    known = NexusCache(model, "high", scorer="kvzip")
+    feed(model, known, prompt(600), 600)
+    assert known.profile is not None
+    assert known.profile.layers[0].inverse_residual != 1.0

@@ -116,7 +116,8 @@ class KVHandle(torch.Tensor):
     snapshot: Snapshot
     which: int
 
-    # The documented way to leave everything to __torch_dispatch__; torch's stub has a method here.
+    # torch documents assigning this to leave everything to __torch_dispatch__, but its stub
+    # declares a method, so no assignment type-checks.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -132,7 +133,8 @@ class KVHandle(torch.Tensor):
     def __init__(self, *_: Any) -> None:
         super().__init__()
 
-    # torch passes tensor_contents, which says nothing about a tensor without contents.
+    # torch.Tensor's stub has the keyword tensor_contents; a handle has no contents to be given, and
+    # accepting any keyword is wider at run time, which mypy does not see.
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"KVHandle({'KV'[self.which]}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
@@ -140,8 +142,10 @@ class KVHandle(torch.Tensor):
         """The real tensor, contiguous as the handle claims to be."""
         return self.snapshot.dense()[self.which].contiguous()
 
+    # torch calls this as a classmethod (func, types, args, kwargs); its stub declares an instance
+    # method with other parameters, so no correct override matches it.
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks cls and func
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         def real(x: Any) -> Any:

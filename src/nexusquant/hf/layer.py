@@ -205,7 +205,8 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         if self.config.max_tokens is not None and self.tail is not None:
             self.tail = self.tail.remember(call.query)
         if not self.exact and reads_twice(self.config, call.query.shape[2]):
-            self.waiting = call
+            # As when deferred: the residual stream is gone by then, so no profile is built from it.
+            self.waiting = replace(call, output=None)
             return
         self._compress(call)
 
