@@ -21,7 +21,7 @@ class KVzip:
     Reading it again behind itself, the model looks at what it needs to predict it: the importance
     of a token for *any* later question, not for those at the end of the prompt. Costs a second
     forward pass over the prompt, which uses a known profile but builds none. Without such a pass
-    (assisted decoding, embeddings instead of token ids, bare tensors), expected attention stands in.
+    (assisted decoding, embeddings instead of token ids, bare tensors) expected attention decides.
     """
 
     second_pass: ClassVar[bool] = True
