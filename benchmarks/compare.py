@@ -23,13 +23,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.calibrated import Profiles
 from benchmarks.competitors import Competitor, NotRunnable
-from benchmarks.field import competitors, needs_profile
+from benchmarks.field import FIELDS
 from benchmarks.measure import Reference, Text, prepare
 from benchmarks.original import Package
 from benchmarks.plot import draw
-from nexusquant import __version__, calibrate
-from nexusquant.accounting import storage_bytes
+from nexusquant import __version__
 from nexusquant.demo import calibration_text, demo_text
 from nexusquant.errors import NexusQuantError
 from nexusquant.loading import demo_model, load_model
@@ -52,6 +52,7 @@ def main(
     original: Annotated[
         Path | None, typer.Option(help="nexusquant-kv's wheel, or the folder it was unpacked to.")
     ] = None,
+    field: Annotated[str, typer.Option(help=f"Rows: {', '.join(FIELDS)}.")] = "competitors",
     only: Annotated[
         list[str] | None, typer.Option(help="Only competitors whose family or name has this.")
     ] = None,
@@ -64,10 +65,12 @@ def main(
 ) -> None:
     """Compares KV-cache compressors side by side: same model, same texts, one run."""
     console = Console(stderr=True)
+    if field not in FIELDS:
+        raise typer.BadParameter(f"{field}: must be one of {', '.join(FIELDS)}.")
     try:
         with progress_steps() as progress, quiet_transformers():
             result = run(
-                progress, model, text or [], calibration or [], original, only or [],
+                progress, model, text or [], calibration or [], original, field, only or [],
                 prefix, continuation, dtype, device,
             )  # fmt: skip
     except NexusQuantError as error:
@@ -94,6 +97,7 @@ def run(
     text_files: Sequence[Path],
     calibration_files: Sequence[Path],
     original: Path | None,
+    field_name: str,
     only: Sequence[str],
     prefix: int,
     continuation: int,
@@ -106,13 +110,8 @@ def run(
     model, tokenizer = load_model(folder, dtype, device)
     texts = _texts(tokenizer, text_files, prefix, continuation)
     package = Package(original) if original else None
-    profile = None
-    if any(needs_profile(one) for one in _chosen(competitors(None, package), only)):
-        profile = calibrate(
-            model, tokenizer, _calibration_texts(calibration_files), source="benchmark",
-            report=lambda line: progress.step(f"Calibrating: {line}"),
-        )  # fmt: skip
-    field = _chosen(competitors(profile, package), only)
+    profiles = Profiles(model, tokenizer, _calibration_texts(calibration_files), progress.step)
+    field = _chosen(FIELDS[field_name](profiles, package), only)
     rows: list[dict[str, Any]] = []
     not_runnable: dict[str, str] = {}
     for text in texts:
@@ -140,7 +139,7 @@ def run(
         "title": f"{Path(model_name).name}, prefix {prefix}, continuation {continuation},"
         f" {len(texts)} text{'s'[: len(texts) > 1]}, {dtype} on {model.device.type}",
         "environment": _environment(),
-        "profile_bytes": storage_bytes(profile) if profile else 0,
+        "profile_bytes": profiles.nbytes,
         "texts": [text.name for text in texts],
         "summary": summarize(rows),
         "not_runnable": merge_reasons(not_runnable),

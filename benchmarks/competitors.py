@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -112,14 +112,15 @@ class Nexus:
     family: str
     name: str
     config: CompressionConfig
-    profile: Profile | None = None
+    profile: Callable[[], Profile] | None = None
 
     def prefill(self, prompt: Prompt) -> Prefilled:
-        cache = self._run(prompt)
+        cache = self._run(prompt, self.config)
         return Prefilled(cache, cache.bits_per_element, "measured")
 
-    def _run(self, prompt: Prompt) -> NexusCache:
-        cache = NexusCache(prompt.model, self.config, profile=self.profile)
+    def _run(self, prompt: Prompt, config: CompressionConfig) -> NexusCache:
+        profile = self.profile() if self.profile else None
+        cache = NexusCache(prompt.model, config, profile=profile)
         prompt.model(prompt.ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cache
 
@@ -128,7 +129,7 @@ class EvictionOnly(Nexus):
     """Kept tokens as they are, counted in fp16; positions and the rest as held."""
 
     def prefill(self, prompt: Prompt) -> Prefilled:
-        cache = self._run(prompt)
+        cache = self._run(prompt, self.config)
         held = [layer.tensors() for layer in cache.layers]
         return Prefilled(cache, 8 * counted_bytes(held) / prompt.elements, "counted")
 

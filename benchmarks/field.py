@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from benchmarks.ablation import ablation
+from benchmarks.calibrated import Profiles
 from benchmarks.competitors import (
     Competitor,
     EvictionOnly,
@@ -12,7 +16,6 @@ from benchmarks.competitors import (
 from benchmarks.original import PRESETS as ORIGINAL_PRESETS
 from benchmarks.original import Original, Package
 from nexusquant import PRESETS, CompressionConfig
-from nexusquant.profile import Profile
 
 BITS = (1.25, 1.5, 2, 2.5, 3, 4)
 EVICTING = ((0.5, 1.25), (0.5, 2.5), (0.8, 1.25))
@@ -31,19 +34,43 @@ EVICTIONS = (
 QUANTIZED = {"quanto": ((0, 0), (-1, 0)), "hqq": ((1, 1), (0, 1))}
 
 
-def competitors(profile: Profile | None, original: Package | None) -> list[Competitor]:
-    """All of them, ours first. `profile` is for our `klt` rows."""
+# Points of the frontier, at about the same sizes whatever is evicted.
+FRONTIER = {
+    0.0: (0.4, 0.8, 1.25, 1.75, 2.15),
+    0.2: (0.5, 1.0, 1.4, 1.78),
+    0.4: (0.6, 0.9, 1.37, 2.0),
+    0.6: (1.0, 1.5, 2.2),
+}
 
-    def coded(bits: float, evict: float = 0.0) -> CompressionConfig:
-        return CompressionConfig(key_bits=bits, value_bits=bits, evict_ratio=evict)
 
-    field: list[Competitor] = [
-        Nexus("ours, presets", name, PRESETS[name], profile)
+def presets(profiles: Profiles, original: Package | None = None) -> list[Competitor]:
+    """Our presets alone."""
+    return [
+        Nexus("ours, presets", name, PRESETS[name], profiles.get)
         for name in ("lossless", "high", "balanced", "max")
     ]
-    field += [Nexus("ours, no eviction", f"{b} bits", coded(b), profile) for b in BITS]
+
+
+def frontier(profiles: Profiles, original: Package | None = None) -> list[Competitor]:
+    """Our presets, and what else the same bytes could buy: eviction against bits."""
+    return presets(profiles) + [
+        Nexus(f"ours, {evict:.0%} evicted", f"{bits} bits", coded(bits, evict), profiles.get)
+        for evict, rates in FRONTIER.items()
+        for bits in rates
+    ]
+
+
+def coded(bits: float, evict: float = 0.0) -> CompressionConfig:
+    """Defaults at so many bits."""
+    return CompressionConfig(key_bits=bits, value_bits=bits, evict_ratio=evict)
+
+
+def competitors(profiles: Profiles, original: Package | None) -> list[Competitor]:
+    """All of them, ours first."""
+    field = presets(profiles)
+    field += [Nexus("ours, no eviction", f"{b} bits", coded(b), profiles.get) for b in BITS]
     field += [
-        Nexus("ours, evicting", f"{b} bits, {evict:.0%} evicted", coded(b, evict), profile)
+        Nexus("ours, evicting", f"{b} bits, {evict:.0%} evicted", coded(b, evict), profiles.get)
         for evict, b in EVICTING
     ]
     field += [Nexus("ours, Hadamard", f"{b} bits", hadamard(b)) for b in HADAMARD_BITS]
@@ -67,14 +94,17 @@ def competitors(profile: Profile | None, original: Package | None) -> list[Compe
     return field
 
 
-def needs_profile(one: Competitor) -> bool:
-    """A profile would otherwise be built from the scored prompt itself."""
-    return isinstance(one, Nexus) and one.config.codec == "e8" and one.config.transform == "klt"
-
-
 def hadamard(bits: float) -> CompressionConfig:
     """The original system's pipeline in our code: no profile, no tiers, RoPE removed, same bits."""
     return CompressionConfig(
         key_bits=bits, value_bits=bits, transform="hadamard", tiers=(), allocation="uniform",
         rope_page=1,
     )  # fmt: skip
+
+
+FIELDS: dict[str, Callable[[Profiles, Package | None], list[Competitor]]] = {
+    "competitors": competitors,
+    "presets": presets,
+    "frontier": frontier,
+    "ablation": ablation,
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 import nexusquant
-from benchmarks import compare, lloyd_max
+from benchmarks import ablation, compare, lloyd_max
+from benchmarks.ablation import CODING, EVICTION, EqualBytes, Stage, Target, gains_of
+from benchmarks.calibrated import Profiles
 from benchmarks.competitors import (
     EvictionOnly,
     LloydMax,
@@ -21,12 +24,11 @@ from benchmarks.competitors import (
     TransformersQuantized,
     counted_bytes,
 )
-from benchmarks.field import competitors, needs_profile
+from benchmarks.field import FIELDS, competitors
 from benchmarks.measure import FACT, Reference, prepare
 from benchmarks.original import Original, Package, count_codes, entropy
 from nexusquant import CompressionConfig
-from nexusquant.calibration import calibrate
-from nexusquant.profile import Profile
+from nexusquant.math.gains import decode_gain
 from tests.tiny_checkpoint import LINES, save_folder, tiny_model, tiny_tokenizer
 
 TEXT = " ".join(f"{line} {number}" for number in range(60) for line in LINES)
@@ -47,8 +49,8 @@ def prompt(model: LlamaForCausalLM) -> Prompt:
 
 
 @pytest.fixture(scope="module")
-def profile(model: LlamaForCausalLM) -> Profile:
-    return calibrate(model, tiny_tokenizer(), [TEXT], tokens=512, pieces=1)
+def profiles(model: LlamaForCausalLM) -> Profiles:
+    return Profiles(model, tiny_tokenizer(), [TEXT], lambda line: None)
 
 
 # -- the scalar quantizer
@@ -126,11 +128,11 @@ def test_entropy_by_hand() -> None:
 
 @third_party
 def test_every_competitor_gives_a_cache_to_continue_from(
-    model: LlamaForCausalLM, prompt: Prompt, profile: Profile
+    model: LlamaForCausalLM, prompt: Prompt, profiles: Profiles
 ) -> None:
     kept = [keys.clone() for keys, _ in prompt.exact]
     ran = set()
-    for one in competitors(profile, None):
+    for one in competitors(profiles, None):
         try:
             found = one.prefill(prompt)
         except NotRunnable:
@@ -148,14 +150,12 @@ def test_every_competitor_gives_a_cache_to_continue_from(
     )
 
 
-def test_labels_are_unique() -> None:
-    labels = [(one.family, one.name) for one in competitors(None, None)]
+@pytest.mark.parametrize("name", FIELDS)
+def test_labels_are_unique_and_calibration_waits(name: str, profiles: Profiles) -> None:
+    idle = Profiles(None, None, [], lambda line: None)  # cannot calibrate
+    labels = [(one.family, one.name) for one in FIELDS[name](idle, None)]
     assert len(set(labels)) == len(labels)
-
-
-def test_only_our_klt_rows_need_a_profile() -> None:
-    families = {one.family for one in competitors(None, None) if needs_profile(one)}
-    assert families == {"ours, presets", "ours, no eviction", "ours, evicting"}
+    assert idle.nbytes == 0
 
 
 def test_more_bits_diverge_less(model: LlamaForCausalLM) -> None:
@@ -173,6 +173,64 @@ def test_prepared_text_hides_the_fact_in_a_prompt_of_the_given_length() -> None:
     assert text.prompt.shape == (1, 256)
     assert FACT in tokenizer.decode(text.prompt[0])
     assert prepare(tokenizer, "short", "not much", 256, 32) is None
+
+
+# -- the ablation
+
+
+def row(stage: Stage, target: Target, profiles: Profiles) -> EqualBytes:
+    config = CompressionConfig(key_bits=1.4, value_bits=1.4).replace(**stage.settings)
+    return EqualBytes("coding", stage.name, config, profiles.get, target, stage)
+
+
+@pytest.mark.parametrize("settings", [{"tiers": ()}, {"transform": "hadamard"}, {"rope_page": 0}])
+def test_rows_take_the_same_bytes(
+    settings: dict[str, object], prompt: Prompt, profiles: Profiles
+) -> None:
+    page = settings.get("rope_page", 32)
+    assert isinstance(page, int)
+    target = Target()
+    first = row(Stage("all", "as shipped"), target, profiles).prefill(prompt)
+    config = CompressionConfig(key_bits=3, value_bits=1, **settings)  # type: ignore[arg-type]
+    other = EqualBytes("coding", "other", config, lambda: profiles.get(page), target)
+    found = other.prefill(prompt)
+    assert found.how == "measured"
+    assert found.bits == pytest.approx(first.bits, rel=0.02)  # 128 tokens: rows are few bytes
+    assert found.cache.bits_per_element == found.bits
+
+
+def test_without_gains_all_have_one_size_and_are_not_charged(
+    prompt: Prompt, profiles: Profiles
+) -> None:
+    (stage,) = (one for one in CODING if one.stage == "gains")
+    found = row(stage, Target(), profiles).prefill(prompt)
+    codes = {
+        code
+        for layer in found.cache.layers
+        for part in layer.stored.body
+        for code in part.gains.unique().tolist()
+    }
+    assert codes == {6 | 6 << 4}
+    assert decode_gain(torch.tensor([6])).item() == 1
+    assert found.how == "counted"
+    assert found.cache.bits_per_element - found.bits == pytest.approx(gains_of(found.cache))
+    assert gains_of(found.cache) == pytest.approx(8 / (2 * DIM), rel=0.05)
+
+
+@pytest.mark.parametrize("stage", [one for one in CODING if one.statistics is not nullcontext])
+def test_changed_statistics_change_the_profile(stage: Stage, profiles: Profiles) -> None:
+    usual, changed = (one.layers[0] for one in (profiles.get(), profiles.get(32, stage.statistics)))
+    assert not torch.equal(usual.key.forward, changed.key.forward) or not torch.equal(
+        usual.value.forward, changed.value.forward
+    )
+    assert profiles.get() is profiles.get()
+    assert profiles.nbytes == profiles.get().nbytes
+
+
+def test_every_stage_is_a_setting_that_exists() -> None:
+    for one in (*CODING, *EVICTION):
+        CompressionConfig().replace(**one.settings)
+    assert ablation.CODING[0].settings == {}
 
 
 # -- nexusquant-kv, by a stand-in with its interface
@@ -255,7 +313,8 @@ def test_command_writes_the_result(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "lines.txt").write_text(TEXT)
     compare.main(
         str(save_folder(tmp_path / "model")), text=[tmp_path / "lines.txt"], calibration=None,
-        original=None, only=["Lloyd-Max", "nexusquant-kv, evicting"], prefix=128, continuation=16,
+        original=None, field="competitors", only=["Lloyd-Max", "nexusquant-kv, evicting"],
+        prefix=128, continuation=16,
         dtype="float32", device="cpu", json_file=tmp_path / "out.json", plot=None,
     )  # fmt: skip
     result = json.loads((tmp_path / "out.json").read_text())

@@ -20,6 +20,8 @@ def nothing_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The references know no sampling; what it costs has tests of its own."""
     monkeypatch.setattr(statistics, "_QUERIES", 10_000)
     monkeypatch.setattr(statistics, "_PAGES", 10_000)
+    monkeypatch.setattr(statistics, "_ASKED", 1)
+    monkeypatch.setattr(statistics, "_KEYS", 10_000)
 
 
 @pytest.mark.parametrize("page", [0, 1, 32])

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nexusquant.math.e8 import GROUP
 from nexusquant.math.klt import weighted_klt
@@ -28,8 +28,10 @@ MIN_TOKENS = 448
 """Tokens that a profile needs at least (docs/results: KL against the length it was built from). A
 little under 512, so that layers with a window of 512 get one."""
 
-_QUERIES = 64  # sampled per KV head, at least a quarter of them per query head
-_PAGES = 16  # pages of keys, evenly spaced, that the key metric looks at
+_QUERIES = 256  # sampled per KV head, at least a quarter of them per query head
+_ASKED = 8  # one in so many of them is followed to the output: the costly part
+_KEYS = 768  # keys and values, evenly spaced, that the covariances are of at least
+_PAGES = 8  # pages of keys, evenly spaced, that the key metric looks at
 _INFLUENCE = 0.25  # share of influence in the key metric
 
 
@@ -51,14 +53,15 @@ class OutputSide:
 class Sample:
     """One row's chunk without padding."""
 
-    keys: Tensor  # (kv_heads, n, dim) fp32, in the frame
-    post_rope: Tensor  # the same, as rotated by the model
-    values: Tensor  # (kv_heads, n, value_dim)
+    framed: Tensor  # (kv_heads, m, dim) fp32: some of the keys, in the frame
+    keys: Tensor  # (kv_heads, n, dim) fp32, as rotated by the model
+    values: Tensor  # (kv_heads, n, value_dim) fp32
     queries: Tensor  # (query_heads, sampled, dim), post-RoPE
     query_at: Tensor  # (sampled,) indices into the keys
     slots: Tensor  # (n,)
     inverse_residual: Tensor  # (sampled,)
     skip: int  # leading keys that are stored exactly
+    some: slice  # which keys are in `framed`
 
 
 @dataclass(frozen=True)
@@ -138,16 +141,14 @@ def layer_statistics(
     if projection is None:
         gram = torch.eye(dim, device=keys.device).expand(kv_heads, dim, dim)
     else:
-        weight = projection.detach().to(keys.device).float().unflatten(-1, (kv_heads, -1, dim))
-        weight = weight.permute(1, 0, 2, 3)  # (kv_heads, hidden, group, dim)
-        stacked = weight.flatten(1, 2)
-        gram = stacked.mT @ stacked / weight.shape[2]
+        weight = projection.detach().to(keys.device).float().unflatten(-1, (-1, dim))
+        weight = weight.transpose(0, 1)  # (query_heads, hidden, dim)
+        gram = (weight.mT @ weight).unflatten(0, (kv_heads, -1)).mean(1)
     attention = _influence(sample, gram, scaling, softcap)
-    key_metric = _key_metric(sample, attention.per_key, frame) * scaling**2
-    body = slice(sample.skip, None)
+    key_metric = _key_metric(sample, attention.share, frame) * scaling**2
     return LayerStatistics(
-        _moments(sample.keys[:, body], key_metric, attention.key_weight),
-        _moments(sample.values[:, body].float(), gram, attention.value_weight),
+        _moments(sample.framed, key_metric, attention.key_weight),
+        _moments(sample.values[:, sample.some], gram, attention.value_weight),
         sample.inverse_residual.mean(),
     )
 
@@ -178,70 +179,79 @@ def _sample(
     else:
         stream = output.residual[row, real[at] - tokens].float()
         inverse = 1 / stream.square().sum(-1).clamp(min=1e-12)
-    one = slice(row, row + 1)
-    post_rope = keys[one][:, :, real]
-    return Sample(
-        frame.enter(post_rope, slots.view(1, 1, -1))[0], post_rope[0].float(),
-        values[row][:, real], chosen, at, slots, inverse, sinks if start == 0 else 0,
-    )  # fmt: skip
+    mine, its = keys[row], values[row]
+    if valid is not None:
+        mine, its = mine[:, real], its[:, real]
+    skip = sinks if start == 0 else 0
+    some = slice(skip, None, max(1, len(real) // _KEYS))
+    framed = frame.enter(mine[None, :, some], slots[some].view(1, 1, -1))[0]
+    return Sample(framed, mine.float(), its.float(), chosen, at, slots, inverse, skip, some)
 
 
 @dataclass(frozen=True)
 class _Influence:
-    per_key: Tensor  # (kv_heads, group x sampled, n): share of a pair in the key metric
+    share: Tensor  # (kv_heads, group, asked, n): of a pair in all influence; sums to 1 per head
     key_weight: Tensor  # (kv_heads,)
     value_weight: Tensor
 
 
 def _influence(sample: Sample, gram: Tensor, scaling: float, softcap: float | None) -> _Influence:
-    """Weights of the two sides, and of every pair of query and key, one KV head at a time."""
+    """What noise on every key and value would do to the output of the queries asked."""
     kv_heads, tokens, _ = sample.keys.shape
     ridge = 1e-4 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[:, None, None]
     eye = torch.eye(gram.shape[-1], device=gram.device)
     root = torch.linalg.cholesky_ex(gram + ridge * eye).L
-    hidden = torch.arange(tokens, device=gram.device) > sample.query_at[:, None]
-    seen = (~hidden).float()
-    seen[:, : sample.skip] = 0
-    uniform = seen / seen.sum(-1, keepdim=True).clamp(min=1)
-    per_key, key_weight, value_weight = [], [], []
+    asked = slice(None, None, _ASKED)
+    hidden = torch.arange(tokens, device=gram.device) > sample.query_at[asked, None]
+    queries = sample.queries[:, asked].unflatten(0, (kv_heads, -1)) * scaling
+    inverse = sample.inverse_residual[asked, None]
+    shares, key_weight, value_weight = [], [], []
     for head in range(kv_heads):
-        group = sample.queries.unflatten(0, (kv_heads, -1))[head]  # (group, sampled, dim)
-        logits = (group * scaling) @ sample.post_rope[head].mT
+        logits = queries[head] @ sample.keys[head].mT  # (group, asked, n)
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
         weight = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
-        values = sample.values[head].float() @ root[head]
+        values = sample.values[head] @ root[head]
         mean = weight @ values
-        distance = (
-            values.square().sum(-1) + mean.square().sum(-1, keepdim=True) - 2 * mean @ values.mT
-        ).clamp_(min=0)
-        square = weight.square_() * sample.inverse_residual[:, None]
+        distance = torch.baddbmm(
+            values.square().sum(-1).expand(len(mean), 1, -1), mean, values.mT.expand(len(mean), -1, -1), alpha=-2
+        ).add_(mean.square().sum(-1, keepdim=True)).clamp_(min=0)
+        square = weight.square_().mul_(inverse)
         square[..., : sample.skip] = 0
         value_weight.append(square.sum(-1).mean(1).sum())
-        influence = square * distance
-        key_weight.append(influence.sum(-1).mean(1).sum())
-        share = influence / influence.sum().clamp(min=1e-30) * _INFLUENCE
-        share += uniform * ((1 - _INFLUENCE) / len(group) / len(sample.query_at))
-        per_key.append(share.flatten(0, 1))
-    return _Influence(torch.stack(per_key), torch.stack(key_weight), torch.stack(value_weight))
+        influence = square.mul_(distance)
+        total = influence.sum()
+        key_weight.append(total / influence.shape[1])
+        shares.append(influence / total.clamp(min=1e-30))
+    return _Influence(torch.stack(shares), torch.stack(key_weight), torch.stack(value_weight))
 
 
-def _key_metric(sample: Sample, per_key: Tensor, frame: KeyFrame) -> Tensor:
-    """E[q q^T] over pairs, queries rotated into the frame of the key: (kv_heads, dim, dim)."""
-    kv_heads, dim = per_key.shape[0], sample.keys.shape[-1]
-    queries = sample.queries.unflatten(0, (kv_heads, -1)).flatten(1, 2)
-    size = max(frame.page, 16) if frame.rotates else per_key.shape[-1]
-    stride = max(1, per_key.shape[-1] // size // _PAGES)
-    blocks = nn.functional.pad(per_key, (0, -per_key.shape[-1] % size)).unflatten(-1, (-1, size))
-    share = blocks[..., ::stride, :].sum(-1).mT  # (kv_heads, blocks, queries)
-    weighted = share[..., None] * queries[:, None]
-    moments = weighted.mT @ queries[:, None]  # (heads, blocks, dim, dim)
+def _key_metric(sample: Sample, influence: Tensor, frame: KeyFrame) -> Tensor:
+    """E[q q^T] over pairs, queries rotated into the frame of the key: (kv_heads, dim, dim).
+
+    influence: (kv_heads, group, asked, n), the share of each pair whose query is asked.
+    """
+    (kv_heads, group, _, tokens), dim = influence.shape, sample.keys.shape[-1]
+    queries = sample.queries.unflatten(0, (kv_heads, -1))  # (kv_heads, group, sampled, dim)
+    size = max(frame.page, 16) if frame.rotates else tokens
+    stride = size * max(1, tokens // size // _PAGES)
+    starts = torch.arange(0, tokens, stride, device=influence.device)
+    at = starts[:, None] + torch.arange(size, device=influence.device)  # (pages, size)
+    inside = (at >= sample.skip) & (at < tokens)
+    asked = (influence[..., at.clamp(max=tokens - 1)] * inside).sum(-1)
+    seen = ((at <= sample.query_at[:, None, None]) & inside).sum(-1)  # (sampled, pages)
+    visible = (sample.query_at + 1 - sample.skip).clamp(min=1)[:, None]
+    uniform = seen / visible * ((1 - _INFLUENCE) / len(seen) / group)
+    share = uniform.expand(kv_heads, group, -1, -1).clone()
+    share[:, :, ::_ASKED] += asked * _INFLUENCE
+    share = share.flatten(1, 2).mT  # (kv_heads, pages, group x sampled)
+    flat = queries.flatten(1, 2)[:, None]
+    moments = (share[..., None] * flat).mT @ flat  # (kv_heads, pages, dim, dim)
     if frame.rotates:
-        anchors = sample.slots[:: size * stride][: share.shape[1]]
-        flat = moments.reshape(1, kv_heads, -1, dim)
-        slots = anchors.repeat_interleave(dim).view(1, 1, -1)
-        turned = frame.adjoint(flat, slots).view_as(moments).mT.reshape_as(flat)
-        moments = frame.adjoint(turned, slots).view_as(moments)
+        basis = torch.eye(dim, device=moments.device).repeat(len(starts), 1)[None, None]
+        anchors = sample.slots[starts].repeat_interleave(dim).view(1, 1, -1)
+        turn = frame.adjoint(basis, anchors).view(len(starts), dim, dim)  # of vectors in rows
+        moments = turn.mT @ moments @ turn
     metric = moments.sum(1) / share.sum((1, 2))[:, None, None].clamp(min=1e-30)
     return (metric + metric.mT) / 2
 
