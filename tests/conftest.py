@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from tests.tiny_checkpoint import save_folder, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +34,24 @@ def user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No test finds the profiles that another one stored."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     return tmp_path / "user-cache" / "nexusquant"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with a tiny random model and its tokenizer."""
+    return save_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    """A tiny random model of 320 words."""
+    return tiny_model(320)
+
+
+@pytest.fixture(scope="module")
+def input_ids() -> Tensor:
+    """(1, 200) words of that model."""
+    return torch.randint(2, 320, (1, 200), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture

@@ -29,17 +29,12 @@ from benchmarks.measure import FACT, Reference, prepare
 from benchmarks.original import Original, Package, count_codes, entropy
 from nexusquant import CompressionConfig
 from nexusquant.math.gains import decode_gain
-from tests.tiny_checkpoint import LINES, save_folder, tiny_model, tiny_tokenizer
+from tests.tiny_checkpoint import LINES, save_folder, tiny_tokenizer
 
 TEXT = " ".join(f"{line} {number}" for number in range(60) for line in LINES)
 HEADS, DIM, LAYERS, TOKENS = 2, 16, 2, 128
 # Old packages warn while they are imported.
 third_party = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    return tiny_model(320)
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,9 @@ from nexusquant import PRESETS, NexusCache, loading
 from nexusquant.cli import app
 from nexusquant.cli.common import parse_settings
 from nexusquant.errors import ConfigError
-from tests.tiny_checkpoint import save_folder
 
 EXACT = ("--set", "codec=exact", "--set", "evict_ratio=0")
 STORY = "the lazy dog packs my box with five dozen liquor jugs. " * 8
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -16,15 +16,9 @@ from nexusquant.cli import app
 from nexusquant.cli.record import as_json
 from nexusquant.cli.tables import drift_table, needle_table
 from nexusquant.config import PRESETS
-from tests.tiny_checkpoint import save_folder
 
 STATS = CacheStats(100, 400, 10, 8.0, 2, 2, 0)
 SMALL = ("--prefix", "64", "--continuation", "16", "--quality", "high", "--quality", "max")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

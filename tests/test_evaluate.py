@@ -8,17 +8,6 @@ import pytest
 import torch
 
 from nexusquant import ConfigError, evaluate
-from tests.tiny_checkpoint import tiny_model
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(320)
-
-
-@pytest.fixture(scope="module")
-def input_ids():
-    return torch.randint(2, 320, (1, 200), generator=torch.Generator().manual_seed(0))
 
 
 def test_the_exact_codec_does_not_diverge(model, input_ids):

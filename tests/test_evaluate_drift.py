@@ -6,19 +6,8 @@ import pytest
 import torch
 
 from nexusquant import ConfigError, NexusCache, evaluate
-from tests.tiny_checkpoint import tiny_model
 
 PREFIX, STEPS = 90, 100  # steps: one chunk of 64 and a part of one
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(320)
-
-
-@pytest.fixture(scope="module")
-def input_ids():
-    return torch.randint(2, 320, (1, 200), generator=torch.Generator().manual_seed(0))
 
 
 def test_buckets_are_what_a_plain_loop_finds(model, input_ids):

@@ -16,14 +16,9 @@ from nexusquant import loading
 from nexusquant.errors import LoadError
 from nexusquant.loading import demo_model, load_model
 from nexusquant.profile_store import cache_dir
-from tests.tiny_checkpoint import save_folder, save_gguf, tiny_model, tiny_tokenizer
+from tests.tiny_checkpoint import save_gguf, tiny_model, tiny_tokenizer
 
 TEXT = "the quick brown fox"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
