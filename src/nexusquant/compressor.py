@@ -221,12 +221,10 @@ def _encode(
         members = split_tiers(scores, index, config.tier_shares)
     new = []
     for at, quantizers in zip(members, coding.tiers, strict=True):
-        gone = (at < 0)[..., None]
         tier = slots.expand(-1, at.shape[1], -1).gather(2, at.clamp(min=0))
         new.append(
             CodedTokens.encode(
-                gather_tokens(keys, at).masked_fill(gone, 0),
-                gather_tokens(values, at).masked_fill(gone, 0),
+                gather_tokens(keys, at), gather_tokens(values, at),
                 Slots.of(torch.where(at < 0, -1, tier)), coding.centres, quantizers,
             )
         )  # fmt: skip

@@ -105,13 +105,20 @@ class Quantizer:
         used = {bits for head in self.layout.rates for bits in head if bits}
         return {b: E8Code(b, self.levels, self.overload * HEADROOM[b]) for b in used}
 
-    def encode(self, x: Tensor, centre: Centre) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, x: Tensor, centre: Centre, empty: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (batch, heads, tokens, dim) -> rows (batch, tokens, row_bytes), gains (b, h, t) 0-15.
+
+        Args:
+            empty: (batch or 1, heads or 1, tokens, 1) bool, entries whose vectors mean nothing.
 
         Raises:
             NonFiniteError: NaN, infinity, or vectors far beyond the others of the sequence.
         """
         y = x.float() - self._mean(centre, x.device)
+        if empty is not None:  # zeros would be far off where the mean is large
+            y = y.masked_fill(empty, 0)
         if centre.scale is not None:
             y = y / centre.scale.float()
         y = y @ self.basis.forward(x.device).mT

@@ -9,7 +9,8 @@ What noise does, per KV head (metrics are averaged over its query heads, weights
 
 both relative to the squared norm of the residual stream that the output is added to. Queries ask
 where they attend, but later ones will attend elsewhere: the key metric is a quarter weighted by
-influence and otherwise uniform over all pairs.
+influence and otherwise uniform over all pairs. That part needs many queries and is cheap; following
+a query to the output is not, so few are.
 """
 
 from __future__ import annotations

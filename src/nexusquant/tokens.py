@@ -117,8 +117,9 @@ class CodedTokens:
         quantizers: tuple[Quantizer, Quantizer],
     ) -> CodedTokens:
         """Keys (in their frame) and values, each (batch, kv_heads, tokens, dim), at `slots`."""
-        key_rows, key_gains = quantizers[0].encode(keys, centres[0])
-        value_rows, value_gains = quantizers[1].encode(values, centres[1])
+        empty = (slots.positions(keys.device) < 0)[..., None]
+        key_rows, key_gains = quantizers[0].encode(keys, centres[0], empty)
+        value_rows, value_gains = quantizers[1].encode(values, centres[1], empty)
         return CodedTokens(
             key_rows, value_rows, key_gains | (value_gains << 4), *centres, slots, *quantizers
         )
