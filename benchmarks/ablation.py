@@ -16,7 +16,7 @@ from benchmarks.calibrated import PAGE, Change, Profiles
 from benchmarks.competitors import Competitor, Nexus, Prefilled, Prompt
 from nexusquant import PRESETS, CompressionConfig, NexusCache
 from nexusquant.profile import Profile
-from nexusquant.statistics import OutputSide
+from nexusquant.statistics import CALIBRATION, OutputSide
 from nexusquant.tokens import CodedTokens
 
 _TOLERANCE = 0.004  # of the bits
@@ -122,7 +122,7 @@ def unknown_output() -> Iterator[None]:
 @contextmanager
 def uniform_queries() -> Iterator[None]:
     """All pairs of query and key count the same in the keys' metric."""
-    with patch("nexusquant.statistics._INFLUENCE", 0.0):
+    with patch("nexusquant.hf.profiles.CALIBRATION", replace(CALIBRATION, influence=0.0)):
         yield
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from nexusquant import statistics
 from nexusquant.math.rope import KeyFrame, RopeTable, Span
-from nexusquant.statistics import LayerStatistics, OutputSide, layer_statistics
+from nexusquant.statistics import LayerStatistics, OutputSide, Sampling, layer_statistics
 
 DIM, VALUE_DIM, HIDDEN = 16, 8, 20
+EVERYTHING = Sampling(queries=10_000, asked=1, keys=10_000, pages=10_000, influence=0.25)
 
 
 def frame_of(page: int, positions: Tensor, scaling: float = 1.0) -> KeyFrame:
@@ -37,6 +37,7 @@ class Case:
     scaling: float = 0.3
     softcap: float | None = None
     output: OutputSide = field(default_factory=OutputSide)
+    sampling: Sampling = EVERYTHING
 
     def statistics(self) -> LayerStatistics:
         return layer_statistics(**vars(self))
@@ -122,7 +123,7 @@ def check(one: Case) -> LayerStatistics:
     """Everything that `layer_statistics` promises, pair by pair."""
     found, asked = one.statistics(), one.asked
     kv_heads, heads = one.keys.shape[1], one.queries.shape[1]
-    group, share = heads // kv_heads, statistics._INFLUENCE
+    group, share = heads // kv_heads, one.sampling.influence
     metric = torch.zeros(2, kv_heads, DIM, DIM).double()  # by influence, over all pairs alike
     gram = torch.zeros(kv_heads, VALUE_DIM, VALUE_DIM).double()
     key_weight, value_weight = torch.zeros(2, kv_heads).double()

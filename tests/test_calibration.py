@@ -13,7 +13,7 @@ from nexusquant.calibration import own_text
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.profiles import forget_profiles
 from nexusquant.profile import SIDES, Profile
-from nexusquant.statistics import MIN_TOKENS
+from nexusquant.statistics import MIN_TOKENS, PREFILL
 from tests.tiny_checkpoint import LINES, tiny_model, tiny_tokenizer
 
 
@@ -123,7 +123,11 @@ def test_texts_count_the_same_and_the_result_is_reproducible(model: Any, tokeniz
                 torch.testing.assert_close(getattr(mine, name), want)
 
 
-def test_one_piece_is_what_a_prompt_of_it_gives(model: Any, tokenizer: Any) -> None:
+def test_one_piece_is_what_a_prompt_of_it_gives(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the sampling, which has more time."""
+    monkeypatch.setattr("nexusquant.hf.profiles.CALIBRATION", PREFILL)
     ids = tokenizer(text(1000), return_tensors="pt").input_ids[:, :600]
     profile = calibrate(model, tokenizer, [text(1000)], tokens=600, pieces=1)
     forget_profiles(model)

@@ -8,20 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nexusquant import statistics
 from nexusquant.math.klt import RIDGE
 from nexusquant.math.rope import KeyFrame
-from nexusquant.statistics import LayerStatistics
-from tests.statistics_cases import case, check, close
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The references know no sampling; what it costs has tests of its own."""
-    monkeypatch.setattr(statistics, "_QUERIES", 10_000)
-    monkeypatch.setattr(statistics, "_PAGES", 10_000)
-    monkeypatch.setattr(statistics, "_ASKED", 1)
-    monkeypatch.setattr(statistics, "_KEYS", 10_000)
+from nexusquant.statistics import CALIBRATION, PREFILL, LayerStatistics, Sampling
+from tests.statistics_cases import EVERYTHING, case, check, close
 
 
 @pytest.mark.parametrize("page", [0, 1, 32])
@@ -74,12 +64,9 @@ def test_scaled_rotations() -> None:
 
 
 @pytest.mark.parametrize("page", [0, 32])
-def test_weights_and_metrics_are_the_jacobian_of_the_output(
-    page: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_and_metrics_are_the_jacobian_of_the_output(page: int) -> None:
     """Sum over tokens of J^T J, by autograd through the frame, attention and projection."""
-    monkeypatch.setattr(statistics, "_INFLUENCE", 1.0)
-    one = case(36, kv_heads=2, page=page)
+    one = case(36, kv_heads=2, page=page, sampling=replace(EVERYTHING, influence=1.0))
     found, slots = one.statistics(), torch.arange(36).view(1, 1, -1)
     inside = one.frame.enter(one.keys, slots)
     asked = one.asked
@@ -112,27 +99,41 @@ def test_only_the_last_three_quarters_ask_and_later_tokens_do_not_matter() -> No
     assert not same(one.statistics(), found)
 
 
-def test_a_sample_of_pages_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_of_pages_stands_for_all() -> None:
     """Of the uniform share; influence may sit in a few pairs."""
-    monkeypatch.setattr(statistics, "_INFLUENCE", 0.0)
-    one = case(1600, kv_heads=1, page=16)
-    monkeypatch.setattr(statistics, "_PAGES", 16)
-    found = one.statistics()
-    monkeypatch.setattr(statistics, "_PAGES", 10_000)
-    every = one.statistics()
-    assert not torch.equal(found.key.metric, every.key.metric)
-    close(found.key.metric, every.key.metric.double(), 0.25)
+    sampling = replace(EVERYTHING, influence=0.0)
+    every = case(1600, kv_heads=1, page=16, sampling=sampling)
+    few = replace(every, sampling=replace(sampling, pages=16)).statistics()
+    close(few.key.metric, every.statistics().key.metric.double(), 0.25)
+    assert not torch.equal(few.key.metric, every.statistics().key.metric)
 
 
-def test_a_sample_of_queries_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = case(600, kv_heads=1, group=4)
-    monkeypatch.setattr(statistics, "_QUERIES", 64)
-    found = one.statistics()
-    monkeypatch.setattr(statistics, "_QUERIES", 10_000)
-    every = one.statistics()
+@pytest.mark.parametrize("sampling", [{"queries": 64}, {"asked": 8}])
+def test_a_sample_of_queries_stands_for_all(sampling: dict[str, int]) -> None:
+    every = case(600, kv_heads=1, group=4)
+    found = replace(every, sampling=replace(EVERYTHING, **sampling)).statistics()
     for side in ("key", "value"):
-        few, all_of_them = (getattr(x, side).weight for x in (found, every))
+        few, all_of_them = (getattr(x, side).weight for x in (found, every.statistics()))
+        assert few != all_of_them
         assert 0.6 < float(few / all_of_them) < 1.6
+
+
+def test_a_sample_of_keys_stands_for_all() -> None:
+    every = case(600)
+    half = replace(every, sampling=replace(EVERYTHING, keys=290)).statistics()
+    for side in ("key", "value"):
+        few, usual = (getattr(x, side).covariance for x in (half, every.statistics()))
+        close(few, usual.double(), 0.25)
+        assert not torch.equal(few, usual)
+
+
+@pytest.mark.parametrize("sampling", [PREFILL, CALIBRATION], ids=["prefill", "calibration"])
+def test_what_is_used_comes_near_everything(sampling: Sampling) -> None:
+    every = case(1600, kv_heads=2, group=3)
+    every = replace(every, sampling=replace(EVERYTHING, influence=sampling.influence))
+    found, usual = replace(every, sampling=sampling).statistics(), every.statistics()
+    close(found.value.metric, usual.value.metric.double(), 1e-6)
+    close(found.key.metric, usual.key.metric.double(), 0.5)
 
 
 # -- sinks, averages, profiles

@@ -8,7 +8,7 @@ What noise does, per KV head (metrics are averaged over its query heads, weights
           queries rotated into the keys' frame, weight sum_i a_i^2 |W_O (v_i - o)|^2
 
 both relative to the squared norm of the residual stream that the output is added to. Queries ask
-where they attend, but later ones will attend elsewhere: the key metric is a quarter weighted by
+where they attend, but later ones will attend elsewhere: the key metric is partly weighted by
 influence and otherwise uniform over all pairs. That part needs many queries and is cheap; following
 a query to the output is not, so few are.
 """
@@ -29,11 +29,31 @@ MIN_TOKENS = 448
 """Tokens that a profile needs at least (docs/results: KL against the length it was built from). A
 little under 512, so that layers with a window of 512 get one."""
 
-_QUERIES = 256  # sampled per KV head, at least a quarter of them per query head
-_ASKED = 8  # one in so many of them is followed to the output: the costly part
-_KEYS = 768  # keys and values, evenly spaced, that the covariances are of at least
-_PAGES = 8  # pages of keys, evenly spaced, that the key metric looks at
-_INFLUENCE = 0.25  # share of influence in the key metric
+
+@dataclass(frozen=True)
+class Sampling:
+    """How much of a prompt the statistics look at.
+
+    Attributes:
+        queries: per KV head, at least a quarter of them per query head.
+        asked: one query in so many is followed to the output, which is the costly part.
+        keys: keys and values, evenly spaced, that the covariances are of at least.
+        pages: pages of keys, evenly spaced, that the key metric looks at.
+        influence: share of influence in the key metric.
+    """
+
+    queries: int
+    asked: int
+    keys: int
+    pages: int
+    influence: float
+
+
+PREFILL = Sampling(queries=256, asked=8, keys=768, pages=8, influence=0.25)
+"""In passing: cheap, and careful with the influence of the few queries asked."""
+
+CALIBRATION = Sampling(queries=512, asked=2, keys=1 << 20, pages=16, influence=0.5)
+"""When there is time."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +83,7 @@ class Sample:
     inverse_residual: Tensor  # (sampled,)
     skip: int  # leading keys that are stored exactly
     some: slice  # which keys are in `framed`
+    sampling: Sampling
 
 
 @dataclass(frozen=True)
@@ -124,6 +145,7 @@ def layer_statistics(
     scaling: float,
     softcap: float | None,
     output: OutputSide,
+    sampling: Sampling = PREFILL,
 ) -> LayerStatistics:
     """Statistics of one layer from the longest row of a chunk.
 
@@ -136,7 +158,7 @@ def layer_statistics(
     """
     row = 0 if valid is None else int(valid.sum(-1).argmax())
     frame = frame.of_row(row)
-    sample = _sample(keys, values, queries, row, start, valid, frame, sinks, output)
+    sample = _sample(keys, values, queries, row, start, valid, frame, sinks, output, sampling)
     kv_heads, dim = sample.keys.shape[0], sample.values.shape[-1]
     projection = output.projection
     if projection is None:
@@ -164,6 +186,7 @@ def _sample(
     frame: KeyFrame,
     sinks: int,
     output: OutputSide,
+    sampling: Sampling,
 ) -> Sample:
     """The row's real tokens and some of its queries, evenly spaced over the last three quarters."""
     tokens, q_len = keys.shape[2], queries.shape[2]
@@ -172,7 +195,7 @@ def _sample(
     slots = real + start
     first = max(len(real) // 4, int((real < tokens - q_len).sum()))
     group = queries.shape[1] // keys.shape[1]
-    count = min(max(_QUERIES // group, _QUERIES // 4), len(real) - first)
+    count = min(max(sampling.queries // group, sampling.queries // 4), len(real) - first)
     at = torch.linspace(first, len(real) - 1, count, device=keys.device).round().long()
     chosen = queries[row][:, real[at] - (tokens - q_len)].float()
     if output.residual is None:
@@ -184,9 +207,11 @@ def _sample(
     if valid is not None:
         mine, its = mine[:, real], its[:, real]
     skip = sinks if start == 0 else 0
-    some = slice(skip, None, max(1, len(real) // _KEYS))
+    some = slice(skip, None, max(1, len(real) // sampling.keys))
     framed = frame.enter(mine[None, :, some], slots[some].view(1, 1, -1))[0]
-    return Sample(framed, mine.float(), its.float(), chosen, at, slots, inverse, skip, some)
+    return Sample(
+        framed, mine.float(), its.float(), chosen, at, slots, inverse, skip, some, sampling
+    )
 
 
 @dataclass(frozen=True)
@@ -202,7 +227,7 @@ def _influence(sample: Sample, gram: Tensor, scaling: float, softcap: float | No
     ridge = 1e-4 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[:, None, None]
     eye = torch.eye(gram.shape[-1], device=gram.device)
     root = torch.linalg.cholesky_ex(gram + ridge * eye).L
-    asked = slice(None, None, _ASKED)
+    asked = slice(None, None, sample.sampling.asked)
     hidden = torch.arange(tokens, device=gram.device) > sample.query_at[asked, None]
     queries = sample.queries[:, asked].unflatten(0, (kv_heads, -1)) * scaling
     inverse = sample.inverse_residual[asked, None]
@@ -214,9 +239,8 @@ def _influence(sample: Sample, gram: Tensor, scaling: float, softcap: float | No
         weight = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
         values = sample.values[head] @ root[head]
         mean = weight @ values
-        distance = torch.baddbmm(
-            values.square().sum(-1).expand(len(mean), 1, -1), mean, values.mT.expand(len(mean), -1, -1), alpha=-2
-        ).add_(mean.square().sum(-1, keepdim=True)).clamp_(min=0)
+        distance = (mean @ values.mT).mul_(-2).add_(values.square().sum(-1))
+        distance.add_(mean.square().sum(-1, keepdim=True)).clamp_(min=0)
         square = weight.square_().mul_(inverse)
         square[..., : sample.skip] = 0
         value_weight.append(square.sum(-1).mean(1).sum())
@@ -234,17 +258,18 @@ def _key_metric(sample: Sample, influence: Tensor, frame: KeyFrame) -> Tensor:
     """
     (kv_heads, group, _, tokens), dim = influence.shape, sample.keys.shape[-1]
     queries = sample.queries.unflatten(0, (kv_heads, -1))  # (kv_heads, group, sampled, dim)
+    sampling = sample.sampling
     size = max(frame.page, 16) if frame.rotates else tokens
-    stride = size * max(1, tokens // size // _PAGES)
+    stride = size * max(1, tokens // size // sampling.pages)
     starts = torch.arange(0, tokens, stride, device=influence.device)
     at = starts[:, None] + torch.arange(size, device=influence.device)  # (pages, size)
     inside = (at >= sample.skip) & (at < tokens)
     asked = (influence[..., at.clamp(max=tokens - 1)] * inside).sum(-1)
     seen = ((at <= sample.query_at[:, None, None]) & inside).sum(-1)  # (sampled, pages)
     visible = (sample.query_at + 1 - sample.skip).clamp(min=1)[:, None]
-    uniform = seen / visible * ((1 - _INFLUENCE) / len(seen) / group)
+    uniform = seen / visible * ((1 - sampling.influence) / len(seen) / group)
     share = uniform.expand(kv_heads, group, -1, -1).clone()
-    share[:, :, ::_ASKED] += asked * _INFLUENCE
+    share[:, :, :: sampling.asked] += asked * sampling.influence
     share = share.flatten(1, 2).mT  # (kv_heads, pages, group x sampled)
     flat = queries.flatten(1, 2)[:, None]
     moments = (share[..., None] * flat).mT @ flat  # (kv_heads, pages, dim, dim)

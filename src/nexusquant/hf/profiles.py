@@ -19,9 +19,12 @@ from nexusquant.math.rope import KeyFrame
 from nexusquant.profile import Profile
 from nexusquant.profile_store import default_path, load_profile
 from nexusquant.statistics import (
+    CALIBRATION,
     MIN_TOKENS,
+    PREFILL,
     LayerStatistics,
     OutputSide,
+    Sampling,
     layer_statistics,
 )
 
@@ -102,7 +105,7 @@ class ProfileBook:
             if model is None:
                 return None
             self.profile = Profile(fingerprint(model), self.page, "first prompt", _length(chunk))
-        statistics = _statistics(chunk, frame, sinks, output())
+        statistics = _statistics(chunk, frame, sinks, output(), PREFILL)
         if statistics is not None:
             self.profile.layers[chunk.layer_idx] = statistics.profile()
         return self.profile
@@ -142,7 +145,7 @@ class Collector(ProfileBook):
     ) -> Profile | None:
         """Adds the chunk's statistics."""
         if output is not None and chunk.queries is not None and _length(chunk) >= MIN_TOKENS:
-            statistics = _statistics(chunk, frame, sinks, output())
+            statistics = _statistics(chunk, frame, sinks, output(), CALIBRATION)
             if statistics is not None:
                 self.statistics.setdefault(chunk.layer_idx, []).append(statistics)
         return None
@@ -171,13 +174,14 @@ def _length(chunk: Chunk) -> int:
 
 
 def _statistics(
-    chunk: Chunk, frame: KeyFrame, sinks: int, output: OutputSide
+    chunk: Chunk, frame: KeyFrame, sinks: int, output: OutputSide, sampling: Sampling
 ) -> LayerStatistics | None:
     """None if they are not finite: such input is refused where it is coded."""
     assert chunk.queries is not None
     found = layer_statistics(
         chunk.keys, chunk.values, chunk.queries, start=chunk.start, valid=chunk.valid,
         frame=frame, sinks=sinks, scaling=chunk.scaling, softcap=chunk.softcap, output=output,
+        sampling=sampling,
     )  # fmt: skip
     moments = [*vars(found.key).values(), *vars(found.value).values()]
     return found if all(bool(torch.isfinite(x).all()) for x in moments) else None
