@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from nexusquant.compressor import Chunk, Stored
 from nexusquant.config import CompressionConfig
-from nexusquant.tokens import CodedTokens, ExactTokens
+from nexusquant.tokens import CodedTokens, ExactTokens, spread
 
 CPU = torch.device("cpu")
 
@@ -27,9 +28,26 @@ def chunk(
     return Chunk(keys, values, start, **{"queries": queries, "scaling": dim**-0.5, **more})
 
 
+def uneven(tokens: int = 120, *, heads: int = 3, dim: int = 32, **more: Any) -> Chunk:
+    """Keys of later heads are longer, so the key norm likes them less."""
+    one = chunk(tokens, heads=heads, dim=dim, **more)
+    keys = torch.randn(one.keys.shape) * torch.linspace(0.9, 1.1, heads)[:, None, None]
+    return replace(one, keys=keys)
+
+
+def shared(codec: str = "e8", **settings: Any) -> CompressionConfig:
+    """Heads share their budget."""
+    return config(**{"evict_ratio": 0.5, "head_safeguard": 0.3, "codec": codec, **settings})
+
+
+def ragged(stored: Stored) -> list[CodedTokens | ExactTokens]:
+    """Parts that hold only some heads."""
+    return [part for part in stored.body if part.heads is not None]
+
+
 def slots_of(part: CodedTokens | ExactTokens, batch: int, heads: int) -> list[list[list[int]]]:
     """Filled slots per batch row and head, ascending."""
-    at = part.slots.positions(CPU).expand(batch, heads, -1)
+    at = spread(part.slots.positions(CPU).expand(batch, part.kv_heads, -1), part.heads, heads, -1)
     return [[row[row >= 0].tolist() for row in heads] for heads in at]
 
 
@@ -55,10 +73,11 @@ def dense(stored: Stored, shape: tuple[int, int, int], dim: int) -> tuple[Tensor
     """Keys and values of the body by slot, (batch, heads, slots, dim), NaN where there are none."""
     out = [torch.full((*shape[:2], shape[2] + 1, dim), torch.nan) for _ in range(2)]
     for part in stored.body:
-        at = part.slots.positions(CPU).expand(*shape[:2], -1)
+        at = part.slots.positions(CPU).expand(shape[0], part.kv_heads, -1)
+        at = spread(at, part.heads, shape[1], -1)
         where = torch.where(at < 0, shape[2], at)[..., None].expand(-1, -1, -1, dim)
         for target, x in zip(out, decoded(part), strict=True):
-            target.scatter_(2, where, x)
+            target.scatter_(2, where, spread(x, part.heads, shape[1], 0))
     return out[0][:, :, :-1], out[1][:, :, :-1]
 
 

@@ -21,11 +21,14 @@ from nexusquant.scorers import SCORERS
 natural = st.integers(0, 10**6)
 rate = st.floats(0, 8, exclude_min=True) | st.integers(1, 8)
 tiers = st.lists(st.floats(0.001, 0.999), max_size=7).filter(lambda x: sum(x) < 1).map(tuple)
+heads = st.just({"per_head": False}) | st.builds(
+    dict, head_safeguard=st.floats(0, 1, exclude_min=True)
+)
 configs = st.builds(
-    CompressionConfig,
+    lambda heads, **others: CompressionConfig(**heads, **others),
+    heads=heads,
     evict_ratio=st.floats(0, 1, exclude_max=True),
     scorer=st.sampled_from(sorted(SCORERS)),
-    per_head=st.booleans(),
     sinks=natural,
     recent=natural,
     codec=st.sampled_from(CODECS),
@@ -84,6 +87,7 @@ BAD: dict[str, list[Any]] = {
     "evict_ratio": [*NOT_NUMBERS, -0.01, 1.0, 1, 60],
     "scorer": [*NOT_NAMES, "attention"],
     "per_head": [0, 1, "yes", None],
+    "head_safeguard": [*NOT_NUMBERS, 0, 0.0, -0.2, 1.01, 2],
     "sinks": [*NOT_INTEGERS, -1],
     "recent": [*NOT_INTEGERS, -1],
     "codec": [*NOT_NAMES, "fp8"],
@@ -192,6 +196,13 @@ def test_the_limit_leaves_room_for_sinks_and_recent_tokens() -> None:
     assert CompressionConfig(sinks=3, recent=5, max_tokens=9).max_tokens == 9
     with pytest.raises(ConfigError, match=r"max_tokens=8: must be None or .* at least 9 "):
         CompressionConfig(sinks=3, recent=5, max_tokens=8)
+
+
+def test_heads_that_keep_the_same_tokens_have_no_budgets_to_share() -> None:
+    assert CompressionConfig(head_safeguard=0.2).per_head
+    assert CompressionConfig(per_head=False, head_safeguard=1).head_safeguard == 1
+    with pytest.raises(ConfigError, match=r"head_safeguard=0.5: must be 1 with per_head=False"):
+        CompressionConfig(per_head=False, head_safeguard=0.5)
 
 
 def test_tiers_may_be_a_list_or_none_at_all() -> None:

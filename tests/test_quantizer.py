@@ -113,6 +113,31 @@ def test_a_profiles_transform_and_mean(side: str, own_centre: bool) -> None:
     check(q, x, centre, reference(q, x, tensors.forward, mean, scale))
 
 
+@pytest.mark.parametrize("heads", [(0,), (0, 2), (1, 2), (2,)])
+@pytest.mark.parametrize("profiled", [True, False])
+@pytest.mark.parametrize("own_centre", [True, False])
+def test_some_heads_are_coded_as_among_all(
+    heads: tuple[int, ...], profiled: bool, own_centre: bool
+) -> None:
+    basis = Profiled(profile(3, 32), 3, "key") if profiled else Orthonormal("hadamard", 32)
+    q = Quantizer(RowLayout(MIXED), basis)
+    x = torch.randn(2, 3, 9, 32) * 3
+    centre = Centre()
+    if own_centre:
+        centre = Centre(torch.randn(2, 3, 1, 32).half(), 0.5 + torch.rand(2, 3, 1, 1).half())
+    rows, gains = q.encode(x, centre)
+    some = q.of_heads(heads)
+    own_rows, own_gains = some.encode(x[:, list(heads)], centre)
+    mine = torch.isin(q.layout.head_of_byte(CPU), torch.tensor(heads))
+    assert torch.equal(own_rows, rows[..., mine])
+    assert torch.equal(own_gains, gains[:, list(heads)])
+    decoded = some.decode(own_rows, own_gains, centre)
+    torch.testing.assert_close(decoded, q.decode(rows, gains, centre)[:, list(heads)])
+    assert some != q
+    assert some == q.of_heads(heads)
+    assert q.of_heads(None) is q
+
+
 def test_bases() -> None:
     known = profile(2, 16)
     for basis in (Orthonormal("hadamard", 16), Profiled(known, 3, "key")):

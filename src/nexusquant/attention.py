@@ -7,13 +7,13 @@ dropped. Parts are combined by their log-sum-exp (Dao et al. 2022, arXiv 2205.14
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nexusquant.math.rope import KeyFrame
-from nexusquant.tokens import CodedTokens, ExactTokens
+from nexusquant.tokens import CodedTokens, ExactTokens, count_heads, spread
 
 _LOGITS = 1 << 22  # logits held at a time
 _MASKED = float("-inf")
@@ -56,6 +56,13 @@ class Mask:
         mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, -1))
         hidden = False if mask.dtype == torch.bool else _MASKED
         return self._columns(mask, column, hidden)
+
+    def of_heads(self, heads: tuple[int, ...], kv_heads: int) -> Mask:
+        """For queries of some of the KV heads only."""
+        mask = self.tensor
+        if mask is None or mask.ndim == 2 or mask.shape[1] == 1:
+            return self
+        return replace(self, tensor=mask.unflatten(1, (kv_heads, -1))[:, list(heads)].flatten(1, 2))
 
     def _columns(self, mask: Tensor, column: Tensor, hidden: bool | float) -> Tensor:
         """mask (batch, h, g, q, columns) read at `column` (b, h, 1, 1, n), `hidden` outside."""
@@ -100,19 +107,35 @@ def attend(
 
     Args:
         query: (batch, query_heads, q_len, dim), post-RoPE.
-        parts: disjoint sets of tokens; coded keys are in `frame`.
+        parts: disjoint sets of tokens, one of them of all heads; coded keys are in `frame`.
         sink_logits: (query_heads,) learned extra logit without a value (gpt-oss `s_aux`).
 
     Returns:
         (batch, query_heads, q_len, value_dim) in the query's dtype; zero where nothing is visible.
     """
-    kv_heads = parts[0].kv_heads
+    kv_heads = count_heads(parts)
     grouped = query.float().unflatten(1, (kv_heads, -1)) * scaling
-    partials = [_attend_part(grouped, part, mask, frame, softcap) for part in parts]
+    partials = [_attend_heads(grouped, part, mask, frame, softcap) for part in parts]
     if sink_logits is not None:
         lse = sink_logits.float().view(1, kv_heads, -1, 1, 1).expand_as(partials[0].lse)
         partials.append(Partial(torch.zeros_like(partials[0].output), lse))
     return merge(partials).output.flatten(1, 2).to(query.dtype)
+
+
+def _attend_heads(
+    query: Tensor,
+    part: CodedTokens | ExactTokens,
+    mask: Mask,
+    frame: KeyFrame,
+    softcap: float | None,
+) -> Partial:
+    """`_attend_part` of the heads that the part holds; the others see nothing."""
+    heads, count = part.heads, query.shape[1]
+    if heads is None:
+        return _attend_part(query, part, mask, frame, softcap)
+    mask = mask.of_heads(heads, count)
+    some = _attend_part(query[:, list(heads)], part, mask, frame, softcap)
+    return Partial(spread(some.output, heads, count, 0.0), spread(some.lse, heads, count, _MASKED))
 
 
 def _attend_part(

@@ -1,8 +1,13 @@
-"""How many tokens are kept, and which: sinks, recent window, then the highest scores."""
+"""How many tokens are kept, and which: sinks, recent window, then the highest scores.
+
+Heads may share their budget: AdaKV (Feng et al. 2024, arXiv 2407.11550) keeps the highest scores of
+a layer, whichever head they are in, and its safeguard leaves every head a part of an even budget.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -10,12 +15,15 @@ from torch import Tensor
 
 from nexusquant.errors import ConfigError, NonFiniteError
 
+_LEAST_PART = 8  # entries of some heads that are worth a part of their own
+
 
 class Selection(NamedTuple):
     """Candidate indices to store, int64, ascending; rows with fewer end in -1.
 
     sinks: `(batch, s)`, kept exact for all heads.
-    kept: `(batch, heads, n)`, everything else that stays; heads is 1 if all heads agree.
+    kept: `(batch, heads, n)`, everything else that stays; heads is 1 if all heads agree. Their
+        numbers differ between heads only with a `head_safeguard` below 1.
     """
 
     sinks: Tensor
@@ -34,6 +42,7 @@ def select_tokens(
     recent: int,
     per_head: bool,
     device: torch.device | str,
+    head_safeguard: float = 1.0,
 ) -> Selection:
     """Choose which of `tokens` candidates stay in the cache.
 
@@ -46,6 +55,10 @@ def select_tokens(
     valid: `(batch, tokens)` bool, False is padding; None if there is none.
     per_head: each KV head keeps its own tokens. Otherwise all keep those with the highest plain
         mean over heads; a scorer whose scale differs between heads thereby weights them.
+    head_safeguard: in (0, 1]; below 1 heads keep different numbers, whose mean is as above. A
+        head is sure of its best tokens up to that share of the mean, and of its recent ones. The
+        others are the best of all heads together; ties go to the earlier token, then to the lower
+        head. No effect without `per_head`.
 
     Raises ConfigError for an argument outside its range or of the wrong shape, NonFiniteError if a
     valid token's score is NaN or infinite.
@@ -55,6 +68,8 @@ def select_tokens(
             f"evict_ratio must be in [0, 1), sinks and recent at least 0; "
             f"got {evict_ratio}, {sinks}, {recent}"
         )
+    if not 0.0 < head_safeguard <= 1.0:
+        raise ConfigError(f"head_safeguard must be in (0, 1], got {head_safeguard}")
     if valid is None:
         mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
     elif valid.shape != (batch, tokens) or valid.dtype != torch.bool:
@@ -85,18 +100,27 @@ def select_tokens(
     total = torch.round((1.0 - evict_ratio) * n.double()).long()
     total = torch.maximum(total, n.clamp(max=sinks + recent))
     n_kept = total - n.clamp(max=sinks)
-    width = int(n_kept.max()) if batch else 0
 
     if not per_head:
         scores = scores.mean(1, keepdim=True)
     is_recent = rest & (rank > n_valid - recent)[:, None]
     priority = scores.masked_fill(~rest, -torch.inf).masked_fill(is_recent, torch.inf)
+    if head_safeguard == 1.0 or not per_head:
+        return Selection(sink_indices, _pack(_highest(priority, n_kept)))
+    sure = _highest(priority, (n_kept.double() * head_safeguard).round().long())
+    pool = priority.masked_fill(sure, torch.inf).mT.flatten(1)  # token after token
+    chosen = _highest(pool[:, None], n_kept * kv_heads).view(batch, tokens, kv_heads).mT
+    return Selection(sink_indices, _pack(chosen))
+
+
+def _highest(priority: Tensor, count: Tensor) -> Tensor:
+    """Mask of the `count` (batch, 1; on the CPU) highest along the last axis of `priority`."""
+    width = int(count.max()) if len(count) else 0
     # A stable sort, where topk would break ties differently on every device.
     best = priority.argsort(dim=-1, descending=True, stable=True)[..., :width]
-    wanted = torch.arange(width) < n_kept
+    wanted = (torch.arange(width) < count)[:, None].to(priority.device)
     chosen = torch.zeros_like(priority, dtype=torch.bool)
-    chosen.scatter_(-1, best, wanted[:, None].to(device).expand(best.shape))
-    return Selection(sink_indices, _pack(chosen))
+    return chosen.scatter_(-1, best, wanted.expand(best.shape))
 
 
 def split_tiers(scores: Tensor, kept: Tensor, shares: Sequence[float]) -> list[Tensor]:
@@ -121,6 +145,32 @@ def split_tiers(scores: Tensor, kept: Tensor, shares: Sequence[float]) -> list[T
     tier = sum((rank >= bound).long() for bound in bounds) if bounds else torch.zeros_like(rank)
     assert isinstance(tier, Tensor)
     return [_pack((tier == i) & ~empty) for i in range(len(shares))]
+
+
+def split_heads(entries: Tensor) -> list[tuple[tuple[int, ...] | None, Tensor]]:
+    """Entries of uneven heads as parts in which all heads have the same number.
+
+    Args:
+        entries: (batch, heads or 1, n) indices, ascending, -1 behind a row's last one.
+
+    Returns:
+        Per part its heads, None for all, and their entries (batch, heads of the part, m), likewise.
+        The first part holds the first entries of all heads, as many as the head with the fewest
+        has; the others go on with the heads that have more. A head has as many as its fullest batch
+        row. A part of less than `_LEAST_PART` entries, all its heads together, is not worth having:
+        the part before it takes them, padded with -1 for the heads that have no more.
+    """
+    counts = (entries >= 0).sum(-1).amax(0).tolist()
+    ends: list[int] = []
+    for end in sorted(set(counts), reverse=True):
+        more = sum(count > end for count in counts)
+        if not ends or (ends[0] - end) * more >= _LEAST_PART:
+            ends.insert(0, end)
+    parts: list[tuple[tuple[int, ...] | None, Tensor]] = [(None, entries[..., : ends[0]])]
+    for begin, end in pairwise(ends):
+        heads = tuple(head for head, count in enumerate(counts) if count > begin)
+        parts.append((heads, entries[:, list(heads), begin:end]))
+    return parts
 
 
 def _pack(mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from nexusquant.accounting import storage_bytes
 from nexusquant.compressor import Chunk, Stored, compress
 from nexusquant.config import CompressionConfig, resolve_config
 from nexusquant.errors import ConfigError
-from nexusquant.tokens import CodedTokens
+from nexusquant.tokens import CodedTokens, Part, spread
 
 
 @dataclass(frozen=True)
@@ -120,21 +120,28 @@ class NexusQuantSimple:
                 keys, values = part.keys(), part.values()
             else:
                 keys, values = part.keys, part.values
-            where = part.slots.positions(part.device)
-            where = where.expand(packed.shape[0], packed.shape[1], -1)
+            where = _slots(part, packed)
             if not out:
                 out = [
                     torch.zeros(*packed.shape, x.shape[-1], dtype=packed.dtype, device=x.device)
                     for x in (keys, values)
                 ]
             for target, x in zip(out, (keys, values), strict=True):
-                target.scatter_(2, where[..., None].expand_as(x), x.to(packed.dtype))
+                x = spread(x.to(packed.dtype), part.heads, packed.shape[1], 0)
+                index = where.clamp(min=0)[..., None].expand_as(x)
+                target.scatter_add_(2, index, x.masked_fill((where < 0)[..., None], 0))
         return out[0], out[1]
 
     def kept(self, packed: PackedKV) -> Tensor:
         """(batch, kv_heads, tokens) bool: which tokens were not evicted."""
-        kept = torch.zeros(packed.shape, dtype=torch.bool)
+        kept = torch.zeros(packed.shape, dtype=torch.uint8)
         for part in packed.stored.parts():
-            where = part.slots.positions(part.device).expand(*packed.shape[:2], -1).cpu()
-            kept.scatter_(2, where, True)
-        return kept
+            where = _slots(part, packed).cpu()
+            kept.scatter_add_(2, where.clamp(min=0), (where >= 0).to(torch.uint8))
+        return kept.bool()
+
+
+def _slots(part: Part, packed: PackedKV) -> Tensor:
+    """Where a part's entries belong, (batch, kv_heads, n); -1 for none."""
+    at = part.slots.positions(part.device).expand(packed.shape[0], part.kv_heads, -1)
+    return spread(at, part.heads, packed.shape[1], -1)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from nexusquant.budget import Selection, select_tokens, split_tiers
+from nexusquant.budget import Selection, select_tokens, split_heads, split_tiers
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import NonFiniteError
 from nexusquant.math.rope import KeyFrame
@@ -17,9 +17,10 @@ from nexusquant.plan import Coding, plan_coding
 from nexusquant.profile import Profile
 from nexusquant.scorers import ScoreInputs, get_scorer
 from nexusquant.slots import BatchFn, Slots
-from nexusquant.tokens import CodedTokens, ExactTokens, gather_tokens
+from nexusquant.tokens import CodedTokens, ExactTokens, count_heads, gather_tokens
 
 _WORTH_A_COPY = 32
+Tokens = TypeVar("Tokens", CodedTokens, ExactTokens)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Stored:
 
     Attributes:
         sinks: first tokens, uncoded.
-        body: everything else: tiers of codes, most important first, or one set of uncoded tokens.
+        body: everything else: tiers of codes, most important first, or one set of uncoded tokens;
+            behind them what only some heads have (`split_heads`), with codes tier by tier.
     """
 
     sinks: ExactTokens | None = None
@@ -69,8 +71,15 @@ class Stored:
 
     def map(self, fn: BatchFn) -> Stored:
         """Apply a batch operation to everything stored."""
+        done: dict[int, Tensor] = {}
+
+        def once(x: Tensor) -> Tensor:  # all parts share their centres, and go on sharing them
+            if id(x) not in done:
+                done[id(x)] = fn(x)
+            return done[id(x)]
+
         return self.with_body(
-            [part.map(fn) for part in self.body], self.sinks and self.sinks.map(fn)
+            [part.map(once) for part in self.body], self.sinks and self.sinks.map(once)
         )
 
     def drop_before(self, slot: int) -> Stored:
@@ -83,13 +92,20 @@ class Stored:
         return self.with_body(body)
 
     def with_body(self, body: list[Any], sinks: ExactTokens | None = None) -> Stored:
-        """The same sinks (or others) with another body."""
+        """The same sinks (or others) with another body, less what only some heads had."""
+        body = [part for part in body if part.slots.count or part.heads is None]
         return Stored(sinks or self.sinks, tuple(body))
 
     @property
-    def count(self) -> int:
-        """Entries per head, of the longest batch row."""
-        return sum(part.slots.count for part in self.parts())
+    def count(self) -> float:
+        """Entries per head, of the longest batch row; the mean if heads differ."""
+        entries = sum(part.slots.count * part.kv_heads for part in self.parts())
+        return entries / self.kv_heads if entries else 0.0
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of the layer. There must be a part."""
+        return count_heads(self.body or ([] if self.sinks is None else [self.sinks]))
 
 
 class _QueryRope:
@@ -133,9 +149,9 @@ def compress(
         if not kept.kept.shape[-1]:
             return replace(past, sinks=sinks)
         if config.codec == "exact":
-            new = _exact(chunk, kept.kept, chunk.keys.dtype)
-            old = past.body[0] if past.body else None
-            return Stored(sinks, (old.append(new) if isinstance(old, ExactTokens) else new,))
+            parts = [_exact(chunk, at, chunk.keys.dtype, h) for h, at in split_heads(kept.kept)]
+            old = [part for part in past.body if isinstance(part, ExactTokens)]
+            return Stored(sinks, _appended(old, parts))
         return Stored(sinks, _encode(config, past, chunk, kept.kept, scores, frame, profile))
     except NonFiniteError as error:
         stop = chunk.start + chunk.keys.shape[2]
@@ -151,9 +167,12 @@ def _sinks(config: CompressionConfig, chunk: Chunk, index: Tensor) -> ExactToken
     return _exact(chunk, index[:, None], dtype)
 
 
-def _exact(chunk: Chunk, index: Tensor, dtype: torch.dtype) -> ExactTokens:
-    """The tokens at `index` (batch, heads or 1, n), uncoded."""
-    tokens = ExactTokens.select(chunk.keys, chunk.values, index, chunk.start, dtype)
+def _exact(
+    chunk: Chunk, index: Tensor, dtype: torch.dtype, heads: tuple[int, ...] | None = None
+) -> ExactTokens:
+    """The tokens at `index` (batch, heads or 1, n) of some heads (None: all), uncoded."""
+    keys, values = (_at_heads(x, heads) for x in (chunk.keys, chunk.values))
+    tokens = ExactTokens.select(keys, values, index, chunk.start, dtype, heads)
     for name, x in (("keys", tokens.keys), ("values", tokens.values)):
         if not bool(torch.isfinite(x).all()):
             raise NonFiniteError(f"NaN or infinite {name}")
@@ -190,7 +209,7 @@ def _select(
         scores, batch=batch, kv_heads=heads, tokens=tokens, valid=chunk.valid,
         evict_ratio=config.evict_ratio if chunk.queries is not None else 0.0,
         sinks=_first_sinks(config, past), recent=config.recent, per_head=config.per_head,
-        device=chunk.keys.device,
+        device=chunk.keys.device, head_safeguard=config.head_safeguard,
     )  # fmt: skip
 
 
@@ -203,7 +222,7 @@ def _encode(
     frame: KeyFrame,
     profile: Profile | None,
 ) -> tuple[CodedTokens, ...]:
-    """The kept tokens behind the past ones, tier by tier."""
+    """The kept tokens behind the past ones: tier by tier those of all heads, then the others."""
     empty = (index < 0)[..., None]
     slots = torch.where(index < 0, -1, index + chunk.start)
     keys = frame.enter(gather_tokens(chunk.keys, index), slots).masked_fill(empty, 0)
@@ -220,15 +239,34 @@ def _encode(
     else:
         members = split_tiers(scores, index, config.tier_shares)
     new = []
-    for at, quantizers in zip(members, coding.tiers, strict=True):
-        tier = slots.expand(-1, at.shape[1], -1).gather(2, at.clamp(min=0))
-        new.append(
-            CodedTokens.encode(
-                gather_tokens(keys, at), gather_tokens(values, at),
-                Slots.of(torch.where(at < 0, -1, tier)), coding.centres, quantizers,
-            )
-        )  # fmt: skip
-    return tuple(a.append(b) for a, b in zip(old, new, strict=True)) if old else tuple(new)
+    for entries, (key, value) in zip(members, coding.tiers, strict=True):
+        wide = slots.expand(-1, entries.shape[1], -1)
+        for heads, at in split_heads(entries):
+            slot = _at_heads(wide, heads).gather(2, at.clamp(min=0))
+            new.append(
+                CodedTokens.encode(
+                    gather_tokens(_at_heads(keys, heads), at),
+                    gather_tokens(_at_heads(values, heads), at),
+                    Slots.of(torch.where(at < 0, -1, slot)), coding.centres,
+                    (key.of_heads(heads), value.of_heads(heads)),
+                )
+            )  # fmt: skip
+    return _appended(old, sorted(new, key=lambda part: part.heads is not None))
+
+
+def _at_heads(x: Tensor, heads: tuple[int, ...] | None) -> Tensor:
+    """x (batch, kv_heads, ...) at some of the heads, None for all."""
+    return x if heads is None else x[:, list(heads)]
+
+
+def _appended(old: Sequence[Tokens], new: Sequence[Tokens]) -> tuple[Tokens, ...]:
+    """Every new part behind the old one that it continues; those that continue none come last."""
+    body: list[Tokens] = []
+    left = list(new)
+    for part in old:
+        at = next((i for i, more in enumerate(left) if more.continues(part)), None)
+        body.append(part if at is None else part.append(left.pop(at)))
+    return tuple(body + left)
 
 
 def _unscored(index: Tensor, tiers: int) -> list[Tensor]:

@@ -23,6 +23,9 @@ class CompressionConfig:
         evict_ratio: fraction of the tokens dropped from each compressed chunk, in [0, 1).
         scorer: importance score that decides which tokens are dropped (`nexusquant.scorers`).
         per_head: every KV head keeps its own tokens; False keeps the same tokens in all heads.
+        head_safeguard: share of its even budget that each KV head is certain of, in (0, 1]; the
+            rest of a layer's budget goes to the heads whose tokens score highest (AdaKV, Feng et
+            al. 2024, arXiv 2407.11550). 1 gives all heads the same number. Needs `per_head`.
         sinks: first tokens of a sequence, always kept and stored uncoded.
         recent: last tokens of a chunk, never dropped (but coded).
         codec: "e8" (lattice codes) or "exact" (kept tokens stored as they are).
@@ -60,6 +63,7 @@ class CompressionConfig:
     evict_ratio: float = 0.0
     scorer: str = "expected_attention"
     per_head: bool = True
+    head_safeguard: float = 1.0
     sinks: int = 4
     recent: int = 32
     codec: str = "e8"
@@ -97,6 +101,12 @@ class CompressionConfig:
             "one of " + ", ".join(sorted(SCORERS)),
         )
         need(isinstance(self.per_head, bool), "per_head", "True or False")
+        safe = number("head_safeguard", real) and 0 < self.head_safeguard <= 1
+        need(safe, "head_safeguard", "in (0, 1]")
+        need(
+            self.per_head or self.head_safeguard == 1, "head_safeguard",
+            "1 with per_head=False, where all heads keep the same tokens",
+        )  # fmt: skip
         need(self.codec in CODECS, "codec", "one of " + ", ".join(CODECS))
         need(self.transform in TRANSFORMS, "transform", "one of " + ", ".join(TRANSFORMS))
         need(self.levels in LEVELS, "levels", "one of " + ", ".join(LEVELS))

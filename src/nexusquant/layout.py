@@ -49,6 +49,10 @@ class RowLayout:
         """Bytes per token, all heads together."""
         return sum(map(sum, self.rates))
 
+    def of_heads(self, heads: tuple[int, ...]) -> RowLayout:
+        """Rows that hold only some of the heads."""
+        return RowLayout(tuple(self.rates[head] for head in heads))
+
     def stored(self, device: torch.device) -> Tensor:
         """(heads, groups) bool: rates above 0."""
         return torch.tensor(self.rates, device=device) > 0
@@ -76,7 +80,7 @@ class RowLayout:
         return out.view(*rows.shape[:-1], self.heads, self.groups * GROUP).transpose(1, 2)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)  # side x tier x layer x subset of heads
 def _by_rate(layout: RowLayout, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
     """Rate to its members (indices into heads x groups) and their bytes in the row."""
     flat = [bits for head in layout.rates for bits in head]

@@ -28,11 +28,12 @@ class Coding:
 
     @staticmethod
     def of(parts: list[CodedTokens]) -> Coding:
-        """How a past was coded."""
+        """How a past was coded: each tier has one part that holds all heads."""
         first = parts[0]
+        tiers = [part for part in parts if part.heads is None]
         return Coding(
             (first.key_centre, first.value_centre),
-            [(part.key_quantizer, part.value_quantizer) for part in parts],
+            [(part.key_quantizer, part.value_quantizer) for part in tiers],
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -92,12 +92,23 @@ class Quantizer:
 
     With T the basis, m and s the sequence's centre and g the token gain, a vector x becomes the
     codeword nearest to T((x - m) / s) / g.
+
+    Attributes:
+        heads: which KV heads of the layer it codes, None for all. The layout and all vectors have
+            these only; the basis and the centres are the layer's.
     """
 
     layout: RowLayout
     basis: Basis
     levels: str = "companded"
     overload: float = 1.0
+    heads: tuple[int, ...] | None = None
+
+    def of_heads(self, heads: tuple[int, ...] | None) -> Quantizer:
+        """This quantizer of all heads for some of them, None for all."""
+        if heads is None:
+            return self
+        return replace(self, layout=self.layout.of_heads(heads), heads=heads)
 
     @property
     def codes(self) -> dict[int, E8Code]:
@@ -120,8 +131,8 @@ class Quantizer:
         if empty is not None:  # zeros would be far off where the mean is large
             y = y.masked_fill(empty, 0)
         if centre.scale is not None:
-            y = y / centre.scale.float()
-        y = y @ self.basis.forward(x.device).mT
+            y = y / self._own(centre.scale).float()
+        y = y @ self._own(self.basis.forward(x.device)).mT
         stored = self.layout.stored(x.device).repeat_interleave(GROUP, -1).float()
         count = stored.sum(-1, keepdim=True).clamp(min=1)
         rms = ((y.square() * stored[:, None]).sum(-1) / count).sqrt()
@@ -141,13 +152,19 @@ class Quantizer:
 
     def leave(self, y: Tensor, centre: Centre) -> Tensor:
         """Code space to vectors: of decoded tokens, or of sums of them with weights adding to 1."""
-        x = y @ self.basis.inverse(y.device).mT
+        x = y @ self._own(self.basis.inverse(y.device)).mT
         if centre.scale is not None:
-            x = x * centre.scale.float()
+            x = x * self._own(centre.scale).float()
         return x + self._mean(centre, y.device)
 
     def _mean(self, centre: Centre, device: torch.device) -> Tensor:
-        return self.basis.mean(device) if centre.mean is None else centre.mean.float()
+        return self._own(self.basis.mean(device) if centre.mean is None else centre.mean).float()
+
+    def _own(self, x: Tensor) -> Tensor:
+        """x (..., heads or 1, n, m) of the layer, at the heads coded here."""
+        if self.heads is None or x.shape[-3] == 1:
+            return x
+        return x[..., list(self.heads), :, :]
 
     def decode(self, rows: Tensor, gains: Tensor, centre: Centre) -> Tensor:
         """Inverse of `encode` up to the code's distortion. (batch, heads, tokens, dim) fp32."""

@@ -6,12 +6,14 @@ of SnapKV, Li et al. 2024, arXiv 2404.14469, moving along with the generation).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from nexusquant.compressor import Stored
 from nexusquant.math.rope import KeyFrame
-from nexusquant.tokens import CodedTokens, ExactTokens
+from nexusquant.tokens import CodedTokens, Part, spread
 
 WINDOW = 32
 """Queries that vote."""
@@ -27,28 +29,24 @@ def retain(
     softcap: float | None,
     recent_from: int,
 ) -> Stored:
-    """`stored` with at most `limit` tokens per head, the sinks included.
+    """`stored` with at most `limit` tokens per head (their mean), the sinks included.
 
     Args:
         queries: (batch, query_heads, q_len, dim) post-RoPE, behind all stored tokens.
         recent_from: slots from here on stay.
 
-    The tokens that go are those with the least mean attention in their tier; every tier shrinks by
-    the same factor, so the mean rate stays.
+    The tokens that go are those with the least mean attention in their part; every part shrinks by
+    the same factor, so the mean rate stays, and so do the shares of the heads.
     """
-    sinks = 0 if stored.sinks is None else stored.sinks.slots.count
-    total = stored.count - sinks
-    allowed = max(limit - sinks, 0)
-    if total <= allowed:
+    if stored.count <= limit or not stored.body:
         return stored
+    sinks = 0 if stored.sinks is None else stored.sinks.slots.count
     scores = attention_received(stored, queries[:, :, -WINDOW:], frame, scaling, softcap)
-    body, left, spare = [], total, allowed
-    parts: list[CodedTokens | ExactTokens] = list(stored.body)
-    for part, score in zip(parts, scores, strict=True):
-        count = part.slots.count
-        keep = round(count * spare / left) if left else 0
-        left, spare = left - count, spare - keep
-        if count > keep:
+    parts: list[Part] = list(stored.body)
+    quotas = _quotas(parts, max(limit - sinks, 0) * stored.kv_heads, recent_from)
+    body = []
+    for part, score, keep in zip(parts, scores, quotas, strict=True):
+        if part.slots.count > keep:
             at = part.slots.positions(part.device).expand(*score.shape[:2], -1)
             priority = score.masked_fill(at >= recent_from, torch.inf)
             priority = priority.masked_fill(at < 0, -torch.inf)
@@ -58,21 +56,43 @@ def retain(
     return stored.with_body(body)
 
 
+def _quotas(parts: Sequence[Part], room: int, recent_from: int) -> list[int]:
+    """How many entries per head each part keeps, for a total of `room` over all heads."""
+    sure = []
+    for part in parts:
+        recent = 0
+        if part.heads is not None:  # it may hold little else: heads go on in it behind the others
+            at = part.slots.positions(part.device)
+            recent = int((at >= max(recent_from, 0)).sum(-1).max())
+        sure.append(min(recent, room // part.kv_heads))
+        room -= sure[-1] * part.kv_heads
+    free = [part.slots.count - fixed for part, fixed in zip(parts, sure, strict=True)]
+    left = sum(count * part.kv_heads for part, count in zip(parts, free, strict=True))
+    quotas = []
+    for part, count, fixed in zip(parts, free, sure, strict=True):
+        keep = min(round(count * room / left), room // part.kv_heads) if left else 0
+        left, room = left - count * part.kv_heads, room - keep * part.kv_heads
+        quotas.append(fixed + keep)
+    return quotas
+
+
 def attention_received(
     stored: Stored, queries: Tensor, frame: KeyFrame, scaling: float, softcap: float | None
 ) -> list[Tensor]:
-    """Mean attention weight of every stored token, (batch, kv_heads, n) per part of the body."""
-    logits = []
-    for part in (*([stored.sinks] if stored.sinks else []), *stored.body):
+    """Mean attention weight of every stored token, (batch, heads of the part, n) per body part."""
+    logits, kv_heads = [], stored.kv_heads
+    everyone = queries.float().unflatten(1, (kv_heads, -1)).flatten(2, 3) * scaling
+    parts = (*([stored.sinks] if stored.sinks else []), *stored.body)
+    for part in parts:
         at = part.slots.positions(part.device)
         coded = isinstance(part, CodedTokens)
         keys = frame.leave(part.keys(), at) if coded else part.keys.float()
-        grouped = queries.float().unflatten(1, (part.kv_heads, -1)).flatten(2, 3) * scaling
-        logit = grouped @ keys.mT
+        logit = (everyone if part.heads is None else everyone[:, list(part.heads)]) @ keys.mT
         if softcap is not None:
             logit = torch.tanh(logit / softcap) * softcap
-        hidden = (at < 0)[:, :, None]
-        logits.append(logit.masked_fill(hidden, torch.finfo(torch.float32).min))
+        hidden, least = (at < 0)[:, :, None], torch.finfo(torch.float32).min
+        logits.append(spread(logit.masked_fill(hidden, least), part.heads, kv_heads, least))
     weights = torch.cat(logits, -1).softmax(-1).mean(2)
-    pieces = list(weights.split([x.shape[-1] for x in logits], -1))
-    return pieces[len(pieces) - len(stored.body) :]
+    pieces = zip(parts, weights.split([x.shape[-1] for x in logits], -1), strict=True)
+    own = [x if part.heads is None else x[:, list(part.heads)] for part, x in pieces]
+    return own[len(own) - len(stored.body) :]

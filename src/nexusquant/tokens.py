@@ -1,10 +1,12 @@
 """Stored tokens of one layer, uncoded (`ExactTokens`) or as codes (`CodedTokens`).
 
 All containers are immutable; `append` and `map` return new ones, so a reader's view never changes.
+Where heads keep different numbers of tokens, a layer also has parts that hold only some `heads`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,17 +30,31 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
 
 
+def spread(x: Tensor, heads: tuple[int, ...] | None, kv_heads: int, fill: float) -> Tensor:
+    """x (batch, heads of a part, ...) to all `kv_heads` of the layer, `fill` in the others."""
+    if heads is None:
+        return x
+    out = x.new_full((len(x), kv_heads, *x.shape[2:]), fill)
+    out[:, list(heads)] = x
+    return out
+
+
 @dataclass(frozen=True)
 class ExactTokens:
-    """Tokens stored as they are: keys (post-RoPE) and values, (batch, heads, tokens, dim)."""
+    """Tokens stored as they are: keys (post-RoPE) and values, (batch, kv_heads, tokens, dim).
+
+    Attributes:
+        heads: which KV heads of the layer it holds, None for all.
+    """
 
     keys: Tensor
     values: Tensor
     slots: Slots
+    heads: tuple[int, ...] | None = None
 
     @property
     def kv_heads(self) -> int:
-        """Number of KV heads."""
+        """Number of KV heads that it holds."""
         return self.keys.shape[1]
 
     @property
@@ -53,7 +69,12 @@ class ExactTokens:
 
     @staticmethod
     def select(
-        keys: Tensor, values: Tensor, index: Tensor, start: int, dtype: torch.dtype
+        keys: Tensor,
+        values: Tensor,
+        index: Tensor,
+        start: int,
+        dtype: torch.dtype,
+        heads: tuple[int, ...] | None = None,
     ) -> ExactTokens:
         """The tokens at `index` (batch, heads or 1, n; -1 empty) of a chunk from slot `start`."""
         empty = (index < 0)[..., None]  # zeros, as the token read instead may be NaN padding
@@ -61,7 +82,12 @@ class ExactTokens:
             _fits(gather_tokens(x, index).masked_fill(empty, 0), dtype).contiguous()
             for x in (keys, values)
         )
-        return ExactTokens(keys, values, Slots.of(torch.where(index < 0, -1, index + start)))
+        slots = Slots.of(torch.where(index < 0, -1, index + start))
+        return ExactTokens(keys, values, slots, heads)
+
+    def continues(self, other: ExactTokens) -> bool:
+        """Whether this may be appended to `other`."""
+        return self.heads == other.heads
 
     def append(self, other: ExactTokens) -> ExactTokens:
         """The tokens of both; `other` lies behind."""
@@ -70,22 +96,23 @@ class ExactTokens:
             torch.cat([self.keys, other.keys.to(self.keys.dtype)], 2),
             torch.cat([self.values, other.values.to(self.values.dtype)], 2),
             self.slots.append(other.slots, batch),
+            self.heads,
         )
 
     def drop(self, count: int) -> ExactTokens:
         """Without the first `count` entries, in storage of its own."""
         keys, values = (x[:, :, count:].clone() for x in (self.keys, self.values))
-        return ExactTokens(keys, values, self.slots.drop(count))
+        return replace(self, keys=keys, values=values, slots=self.slots.drop(count))
 
     def pick(self, index: Tensor) -> ExactTokens:
         """Only the entries at `index` (batch, kv_heads, n), ascending."""
         at = self.slots.positions(self.device).expand(*index.shape[:2], -1).gather(2, index)
         keys, values = (gather_tokens(x, index) for x in (self.keys, self.values))
-        return ExactTokens(keys, values, Slots.of(at))
+        return replace(self, keys=keys, values=values, slots=Slots.of(at))
 
     def map(self, fn: BatchFn) -> ExactTokens:
         """Apply a batch operation (reorder, repeat, select) to everything stored."""
-        return ExactTokens(fn(self.keys), fn(self.values), self.slots.map(fn))
+        return replace(self, keys=fn(self.keys), values=fn(self.values), slots=self.slots.map(fn))
 
 
 @dataclass(frozen=True)
@@ -96,7 +123,8 @@ class CodedTokens:
         key_rows, value_rows: (batch, tokens, bytes) uint8; entry i holds the i-th token of every
             head, which need not be the same token (`slots`).
         gains: (batch, kv_heads, tokens) uint8, the keys' in the low four bits.
-        key_centre, value_centre: shared by all tiers of a layer.
+        key_centre, value_centre: of all heads, shared by all parts of a layer.
+        key_quantizer, value_quantizer: of the heads that are here.
     """
 
     key_rows: Tensor
@@ -116,7 +144,10 @@ class CodedTokens:
         centres: tuple[Centre, Centre],
         quantizers: tuple[Quantizer, Quantizer],
     ) -> CodedTokens:
-        """Keys (in their frame) and values, each (batch, kv_heads, tokens, dim), at `slots`."""
+        """Keys (in their frame) and values, each (batch, kv_heads, tokens, dim), at `slots`.
+
+        The heads are those of the quantizers.
+        """
         empty = (slots.positions(keys.device) < 0)[..., None]
         key_rows, key_gains = quantizers[0].encode(keys, centres[0], empty)
         value_rows, value_gains = quantizers[1].encode(values, centres[1], empty)
@@ -125,8 +156,13 @@ class CodedTokens:
         )
 
     @property
+    def heads(self) -> tuple[int, ...] | None:
+        """Which KV heads of the layer it holds, None for all."""
+        return self.key_quantizer.heads
+
+    @property
     def kv_heads(self) -> int:
-        """Number of KV heads."""
+        """Number of KV heads that it holds."""
         return self.gains.shape[1]
 
     @property
@@ -159,6 +195,11 @@ class CodedTokens:
     def value_coordinates(self) -> Tensor:
         """Decoded values still in code space."""
         return self.value_quantizer.coordinates(self.value_rows, self.gains >> 4)
+
+    def continues(self, other: CodedTokens) -> bool:
+        """Whether this may be appended to `other`: the same heads, coded alike."""
+        mine = self.key_quantizer, self.value_quantizer
+        return mine == (other.key_quantizer, other.value_quantizer)
 
     def append(self, other: CodedTokens) -> CodedTokens:
         """The tokens of both, which must share centres and quantizers; `other` lies behind."""
@@ -207,3 +248,11 @@ class CodedTokens:
             value_rows=fn(self.value_rows),
             gains=fn(self.gains),
         )
+
+
+Part = CodedTokens | ExactTokens
+
+
+def count_heads(parts: Iterable[Part]) -> int:
+    """KV heads of the layer, one of whose `parts` must hold all of them."""
+    return next(part.kv_heads for part in parts if part.heads is None)

@@ -110,7 +110,7 @@ def cache_stats(cache: Cache) -> CacheStats:
     )
 
 
-def _kept(layer: Any) -> int:
+def _kept(layer: Any) -> float:
     """Entries stored per head."""
     if isinstance(layer, CompactLayer):
         return layer.stored.count + layer.length - layer.tail_start

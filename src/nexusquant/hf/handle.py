@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from nexusquant.compressor import Stored
 from nexusquant.errors import UnsupportedError
 from nexusquant.slots import Slots
-from nexusquant.tokens import CodedTokens, ExactTokens
+from nexusquant.tokens import CodedTokens, ExactTokens, spread
 
 if TYPE_CHECKING:
     from nexusquant.hf.layer import CompactLayer
@@ -80,13 +80,14 @@ class Snapshot:
             whole = torch.zeros(shape, dtype=reference.dtype, device=reference.device)
             seen = torch.zeros(*reference.shape[:2], total, dtype=torch.bool, device=whole.device)
             for part in self.parts():
-                at = part.slots.positions(part.device).expand(*reference.shape[:2], -1)
+                at = part.slots.positions(part.device).expand(len(reference), part.kv_heads, -1)
                 if isinstance(part, ExactTokens):
                     x = part.keys if name == "keys" else part.values
                 elif name == "keys":
                     x = frame.leave(part.keys(), at)
                 else:
                     x = part.values()
+                x, at = (spread(y, part.heads, shape[1], fill) for y, fill in ((x, 0), (at, -1)))
                 filled = at >= 0
                 index = at.clamp(min=0)
                 whole.scatter_add_(
