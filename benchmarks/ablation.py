@@ -189,6 +189,10 @@ EVICTION = (
         for name in ("kvzip", "snapkv", "key_norm", "key_key", "random")
     ),
     Stage("heads", "same tokens in all", {"per_head": False}),
+    *(
+        Stage("heads", f"shared budget, {share:.0%} safe", {"head_safeguard": share})
+        for share in (0.8, 0.5, 0.2)
+    ),
     Stage("tiers", "none", {"tiers": ()}),
     *(Stage("evicted", f"{share:.0%}", {"evict_ratio": share}) for share in (0.0, 0.2, 0.6)),
 )
