@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import nexusquant
-from benchmarks import ablation, compare, lloyd_max
-from benchmarks.ablation import CODING, EVICTION, EqualBytes, Stage, Target, gains_of
+from benchmarks import compare, lloyd_max
 from benchmarks.calibrated import Profiles
 from benchmarks.competitors import (
     EvictionOnly,
@@ -28,24 +26,21 @@ from benchmarks.field import FIELDS, competitors
 from benchmarks.measure import FACT, Reference, prepare
 from benchmarks.original import Original, Package, count_codes, entropy
 from nexusquant import CompressionConfig
-from nexusquant.math.gains import decode_gain
-from tests.tiny_checkpoint import LINES, save_folder, tiny_tokenizer
+from tests.bench_cases import DIM, HEADS, LAYERS, TEXT, TOKENS, profiles_of, prompt_of
+from tests.tiny_checkpoint import save_folder, tiny_tokenizer
 
-TEXT = " ".join(f"{line} {number}" for number in range(60) for line in LINES)
-HEADS, DIM, LAYERS, TOKENS = 2, 16, 2, 128
 # Old packages warn while they are imported.
 third_party = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
 def prompt(model: LlamaForCausalLM) -> Prompt:
-    ids = torch.randint(2, 320, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    return Prompt.of(model, ids)
+    return prompt_of(model)
 
 
 @pytest.fixture(scope="module")
 def profiles(model: LlamaForCausalLM) -> Profiles:
-    return Profiles(model, tiny_tokenizer(), [TEXT], lambda line: None)
+    return profiles_of(model)
 
 
 # -- the scalar quantizer
@@ -168,64 +163,6 @@ def test_prepared_text_hides_the_fact_in_a_prompt_of_the_given_length() -> None:
     assert text.prompt.shape == (1, 256)
     assert FACT in tokenizer.decode(text.prompt[0])
     assert prepare(tokenizer, "short", "not much", 256, 32) is None
-
-
-# -- the ablation
-
-
-def row(stage: Stage, target: Target, profiles: Profiles) -> EqualBytes:
-    config = CompressionConfig(key_bits=1.4, value_bits=1.4).replace(**stage.settings)
-    return EqualBytes("coding", stage.name, config, profiles.get, target, stage)
-
-
-@pytest.mark.parametrize("settings", [{"tiers": ()}, {"transform": "hadamard"}, {"rope_page": 0}])
-def test_rows_take_the_same_bytes(
-    settings: dict[str, object], prompt: Prompt, profiles: Profiles
-) -> None:
-    page = settings.get("rope_page", 32)
-    assert isinstance(page, int)
-    target = Target()
-    first = row(Stage("all", "as shipped"), target, profiles).prefill(prompt)
-    config = CompressionConfig(key_bits=3, value_bits=1, **settings)  # type: ignore[arg-type]
-    other = EqualBytes("coding", "other", config, lambda: profiles.get(page), target)
-    found = other.prefill(prompt)
-    assert found.how == "measured"
-    assert found.bits == pytest.approx(first.bits, rel=0.02)  # 128 tokens: rows are few bytes
-    assert found.cache.bits_per_element == found.bits
-
-
-def test_without_gains_all_have_one_size_and_are_not_charged(
-    prompt: Prompt, profiles: Profiles
-) -> None:
-    (stage,) = (one for one in CODING if one.stage == "gains")
-    found = row(stage, Target(), profiles).prefill(prompt)
-    codes = {
-        code
-        for layer in found.cache.layers
-        for part in layer.stored.body
-        for code in part.gains.unique().tolist()
-    }
-    assert codes == {6 | 6 << 4}
-    assert decode_gain(torch.tensor([6])).item() == 1
-    assert found.how == "counted"
-    assert found.cache.bits_per_element - found.bits == pytest.approx(gains_of(found.cache))
-    assert gains_of(found.cache) == pytest.approx(8 / (2 * DIM), rel=0.05)
-
-
-@pytest.mark.parametrize("stage", [one for one in CODING if one.statistics is not nullcontext])
-def test_changed_statistics_change_the_profile(stage: Stage, profiles: Profiles) -> None:
-    usual, changed = (one.layers[0] for one in (profiles.get(), profiles.get(32, stage.statistics)))
-    assert not torch.equal(usual.key.forward, changed.key.forward) or not torch.equal(
-        usual.value.forward, changed.value.forward
-    )
-    assert profiles.get() is profiles.get()
-    assert profiles.nbytes == profiles.get().nbytes
-
-
-def test_every_stage_is_a_setting_that_exists() -> None:
-    for one in (*CODING, *EVICTION):
-        CompressionConfig().replace(**one.settings)
-    assert ablation.CODING[0].settings == {}
 
 
 # -- nexusquant-kv, by a stand-in with its interface

@@ -20,6 +20,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from nexusquant import CompressionConfig, nexusquant_evict
+
 VOCAB = 96
 WINDOW = 24
 KINDS = ("llama", "mistral", "mistral_full", "qwen2", "gemma3", "gpt_neox")
@@ -127,3 +129,16 @@ def feed(model: Any, cache: Any, ids: Tensor, step: int, mask: Tensor | None = N
         out = model(ids[:, begin:stop], attention_mask=seen, past_key_values=cache)
         parts.append(out.logits)
     return torch.cat(parts, 1)
+
+
+def assert_rows_equal_alone(
+    model: Any, ids: Tensor, lengths: list[int], settings: CompressionConfig, batch: Any
+) -> None:
+    """Every left-padded row of a batch is generated as it would be without the others."""
+    for row, length in enumerate(lengths):
+        with nexusquant_evict(model, settings):
+            single = generate(model, ids[row : row + 1, -length:])
+        assert torch.equal(single.sequences[0, length:], batch.sequences[row, ids.shape[1] :])
+        torch.testing.assert_close(
+            step_logits(single)[0], step_logits(batch)[row], rtol=0, atol=1e-4
+        )

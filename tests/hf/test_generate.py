@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 from transformers import DynamicCache, set_seed
 
 from nexusquant import CompressionConfig, NexusCache, nexusquant_evict
 from tests.hf.models import (
     ATTENTIONS,
     KINDS,
+    assert_rows_equal_alone,
     assert_same_run,
     generate,
     left_padded,
@@ -52,18 +50,6 @@ def test_left_padded_rows_are_coded_as_if_alone(kind: str, settings: Compression
     # The codes are in use: a shift that no rounding explains.
     assert (step_logits(batch) - step_logits(stock)).abs().max() > 1e-2
     assert_rows_equal_alone(model, ids, LENGTHS, settings, batch)
-
-
-def assert_rows_equal_alone(
-    model: Any, ids: Tensor, lengths: list[int], settings: CompressionConfig, batch: Any
-) -> None:
-    for row, length in enumerate(lengths):
-        with nexusquant_evict(model, settings):
-            single = generate(model, ids[row : row + 1, -length:])
-        assert torch.equal(single.sequences[0, length:], batch.sequences[row, ids.shape[1] :])
-        torch.testing.assert_close(
-            step_logits(single)[0], step_logits(batch)[row], rtol=0, atol=1e-4
-        )
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -19,6 +19,7 @@ from nexusquant.slots import Slots
 from nexusquant.tokens import ExactTokens
 from tests.chunks import ragged, shared, uneven
 from tests.hf.models import (
+    assert_rows_equal_alone,
     assert_same_run,
     feed,
     generate,
@@ -97,13 +98,7 @@ def test_left_padded_rows_generate_as_if_alone(codec: str) -> None:
     settings = SHARED.replace(codec=codec)
     with nexusquant_evict(model, settings):
         batch = generate(model, ids, attention_mask=mask)
-    for row, length in enumerate(lengths):
-        with nexusquant_evict(model, settings):
-            single = generate(model, ids[row : row + 1, -length:])
-        assert torch.equal(single.sequences[0, length:], batch.sequences[row, ids.shape[1] :])
-        torch.testing.assert_close(
-            step_logits(single)[0], step_logits(batch)[row], rtol=0, atol=1e-4
-        )
+    assert_rows_equal_alone(model, ids, lengths, settings, batch)
 
 
 @pytest.mark.parametrize("codec", CODECS)
