@@ -121,6 +121,11 @@ def test_any_fingerprint_if_none_is_given(stored: Path) -> None:
 # -- refused when writing
 
 
+def test_a_cache_without_a_profile_has_none_to_save() -> None:
+    with pytest.raises(ProfileError, match="run a long prompt"):
+        save_profile(None)
+
+
 @pytest.mark.parametrize("changes", [{"complete": False}, {"layers": {}}], ids=str)
 def test_unfinished_profiles_are_not_stored(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ProfileError, match="no layers yet"):

@@ -14,8 +14,6 @@ from torch import Tensor
 from nexusquant.errors import UnsupportedError
 from nexusquant.math.e8 import DISTORTION, GROUP
 
-MAX_BITS = len(DISTORTION) - 1
-
 
 def allocate(costs: Tensor, shares: Tensor, bits: float) -> Tensor:
     """Rates that spend `bits` per dimension on average where they save most.

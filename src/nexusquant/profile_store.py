@@ -50,9 +50,11 @@ def save_profile(profile: Profile, path: str | Path | None = None) -> Path:
         >>> save_profile(profile).suffix
         '.safetensors'
     """
+    if not isinstance(profile, Profile) or not profile.complete or not profile.layers:
+        raise ProfileError(
+            "not a profile, or it has no layers yet: run a long prompt, or calibrate, first."
+        )
     target = Path(path) if path else default_path(profile.fingerprint, profile.rope_page)
-    if not profile.complete or not profile.layers:
-        raise ProfileError("this profile has no layers yet: run a prompt, or calibrate, first.")
     tensors = {
         f"{index}.{side}.{name}": getattr(getattr(layer, side), name).contiguous()
         for index, layer in profile.layers.items()

@@ -266,3 +266,13 @@ def test_reset_and_forget() -> None:
     path = save_profile(profile)
     forget_profiles(model)
     assert_equal(NexusCache(model).profile, load_profile(path))
+
+
+def test_changed_weights_make_another_model() -> None:
+    model = tiny()
+    cache = NexusCache(model)
+    feed(model, cache, prompt(LONG), LONG)
+    assert NexusCache(model).profile is cache.profile is not None
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    assert NexusCache(model).profile is None

@@ -67,12 +67,14 @@ def find_profile(model: nn.Module, rope_page: int, given: ProfileLike = None) ->
             )
         return profile
     with _lock:
-        known = _known.setdefault(model, {})
+        known, mine = _known.setdefault(model, {}), fingerprint(model)
+        if rope_page in known and known[rope_page].fingerprint != mine:
+            del known[rope_page]  # the weights have changed since
         if rope_page not in known:
-            path = default_path(fingerprint(model), rope_page)
+            path = default_path(mine, rope_page)
             if not path.is_file():
                 return None
-            known[rope_page] = load_profile(path, fingerprint(model))
+            known[rope_page] = load_profile(path, mine)
         return known[rope_page]
 
 
