@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nexusquant.allocation import MAX_BITS, allocate, uniform_costs
+from nexusquant.allocation import allocate, uniform_costs
+from nexusquant.config import MAX_BITS
 from nexusquant.errors import UnsupportedError
 from nexusquant.math.e8 import BITS, DISTORTION
 
