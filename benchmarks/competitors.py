@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -14,6 +15,7 @@ from benchmarks import lloyd_max
 from nexusquant import CompressionConfig, NexusCache
 from nexusquant.accounting import tensors_in
 from nexusquant.hf.cache import plain_cache
+from nexusquant.hf.second_pass import reads_twice
 from nexusquant.profile import Profile
 
 KV = tuple[Tensor, Tensor]
@@ -32,19 +34,26 @@ class Prompt:
         ids: (1, tokens) int64.
         exact: keys (after RoPE) and values of every layer from one uncompressed prefill, each
             (1, kv_heads, tokens, head_dim). Shared: nobody may write to them.
+        recorded: the same prefill in a cache of ours that has not compressed it yet.
     """
 
     model: Any
     ids: Tensor
     exact: tuple[KV, ...]
+    recorded: NexusCache
 
     @classmethod
     def of(cls, model: Any, ids: Tensor) -> Prompt:
         """Runs the uncompressed prefill."""
-        cache = plain_cache(model)
+        recorded = NexusCache(model, CompressionConfig())
+        recorded.activate_past_recording()
         with torch.no_grad():
-            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cls(model, ids, tuple((layer.keys, layer.values) for layer in cache.layers))
+            model(ids, past_key_values=recorded, use_cache=True, logits_to_keep=1)
+        cache = plain_cache(model)
+        for index, layer in enumerate(recorded.layers):
+            cache.update(layer.tail.keys, layer.tail.values, index)
+        exact = tuple((layer.keys, layer.values) for layer in cache.layers)
+        return cls(model, ids, exact, recorded)
 
     @property
     def tokens(self) -> int:
@@ -54,6 +63,21 @@ class Prompt:
     def elements(self) -> int:
         """Elements of the uncompressed keys and values."""
         return sum(x.numel() for pair in self.exact for x in pair)
+
+    def compressed(self, config: CompressionConfig, profile: Profile | None) -> NexusCache:
+        """What the prompt leaves in a cache with that config: attention over a prompt is exact, so
+        one pass serves them all. Except where a scorer reads it twice or it builds the profile.
+        """
+        fresh = NexusCache(self.model, config, profile=profile)
+        builds = config.codec == "e8" and config.transform == "klt" and fresh.profile is None
+        if builds or reads_twice(config, self.tokens):
+            self.model(self.ids, past_key_values=fresh, use_cache=True, logits_to_keep=1)
+            return fresh
+        cache = copy.deepcopy(self.recorded)
+        for layer, other in zip(cache.layers, fresh.layers, strict=True):
+            layer.config, layer.profiles, layer.record_past = other.config, other.profiles, False
+        cache.crop(0)
+        return cache
 
     def cache_of(self, pairs: Iterable[KV], cache: Any = None) -> Any:
         """`cache`, or the model's own kind, filled with keys and values of every layer."""
@@ -119,10 +143,7 @@ class Nexus:
         return Prefilled(cache, cache.bits_per_element, "measured")
 
     def _run(self, prompt: Prompt, config: CompressionConfig) -> NexusCache:
-        profile = self.profile() if self.profile else None
-        cache = NexusCache(prompt.model, config, profile=profile)
-        prompt.model(prompt.ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
+        return prompt.compressed(config, self.profile() if self.profile else None)
 
 
 class EvictionOnly(Nexus):

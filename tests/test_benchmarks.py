@@ -25,7 +25,7 @@ from benchmarks.competitors import (
 from benchmarks.field import FIELDS, competitors
 from benchmarks.measure import FACT, Reference, prepare
 from benchmarks.original import Original, Package, count_codes, entropy
-from nexusquant import CompressionConfig
+from nexusquant import CompressionConfig, NexusCache
 from tests.bench_cases import DIM, HEADS, LAYERS, TEXT, TOKENS, profiles_of, prompt_of
 from tests.tiny_checkpoint import save_folder, tiny_tokenizer
 
@@ -94,6 +94,21 @@ def test_quantized_cache_bits_by_hand(prompt: Prompt, backend: str, bits: int) -
     pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
     found = TransformersQuantized(backend, bits, axis, axis).prefill(prompt)
     assert found.bits == bits + 2 * 16 / 64  # a scale and a zero for every 64
+
+
+@pytest.mark.parametrize("quality", ["lossless", "max"])
+def test_one_recorded_prefill_serves_every_config(
+    prompt: Prompt, model: LlamaForCausalLM, quality: str
+) -> None:
+    profile = profiles_of(model).get()
+    ids = torch.randint(2, 320, (1, 9), generator=torch.Generator().manual_seed(1))
+    run = NexusCache(model, quality, profile=profile)
+    model(prompt.ids, past_key_values=run)
+    replayed = prompt.compressed(run.config, profile)
+    assert replayed.nbytes == run.nbytes
+    assert replayed.compression_ratio > 3
+    outputs = (model(ids, past_key_values=cache).logits for cache in (run, replayed))
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
 
 
 def test_eviction_only_pays_fp16_for_kept_tokens(prompt: Prompt) -> None:
