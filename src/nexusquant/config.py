@@ -32,7 +32,8 @@ class CompressionConfig:
         key_bits, value_bits: mean bits per element of the kept tokens, above 0, at most 8.
         allocation: who gets them. "joint": keys and values of all heads and layers draw on one
             budget, by what noise there does to the attention output; "split": keys and values
-            apart; "uniform": all groups alike, also what happens without a profile.
+            apart, also where `key_bits` and `value_bits` differ; "uniform": all groups alike, also
+            what happens without a profile.
         tiers: shares of the kept tokens that get more bits than the rest, most important first;
             () treats all tokens alike.
         tier_bits: bits per element that a tier is worth more than the next one.

@@ -57,7 +57,8 @@ def plan_coding(
     """
     known = profile is not None and layer in profile.layers and config.transform == "klt"
     budget = Budget(
-        config.key_bits, config.value_bits, config.allocation == "joint" and known,
+        config.key_bits, config.value_bits,
+        config.allocation == "joint" and known and config.key_bits == config.value_bits,
         config.tier_shares, config.tier_factors,
     )  # fmt: skip
     sides = (keys, values)
@@ -72,7 +73,8 @@ def plan_coding(
         name = "hadamard" if config.transform == "klt" else config.transform
         bases = [Orthonormal(name, x.shape[-1]) for x in sides]
         layouts = budget.layouts([_uniform(keys, values)])[0]
-        centres = [_own_centre(x, empty) for x in sides]
+        least = int(config.residual_length * (1 - config.evict_ratio)) - config.sinks
+        centres = [_own_centre(x, empty, max(least, 1)) for x in sides]
     key, value = (
         [Quantizer(pair[i], bases[i], config.levels, config.overload) for pair in layouts]
         for i in (0, 1)
@@ -85,11 +87,11 @@ def _uniform(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return key, value
 
 
-def _own_centre(x: Tensor, empty: Tensor) -> Centre:
+def _own_centre(x: Tensor, empty: Tensor, enough: int) -> Centre:
     """Mean and deviation of every channel: without a profile, nothing else tells them apart."""
     usual = _usual(x, empty)
-    mean = _mean(x, usual)
-    deviation = _mean((x - mean).square(), usual).sqrt()
+    mean = _filled_mean(x, usual, enough)
+    deviation = _filled_mean((x - mean).square(), usual, enough).sqrt()
     typical = deviation.square().mean(-1, keepdim=True).sqrt()
     deviation = torch.where(typical > 0, deviation.clamp(min=0.05 * typical), 1.0)
     return _checked(mean, deviation)
@@ -119,6 +121,15 @@ def _mean(x: Tensor, where: Tensor) -> Tensor:
     """Mean over some of the entries, (batch, heads, 1, dim)."""
     count = where.sum(2, keepdim=True).clamp(min=1)
     return x.masked_fill(~where, 0).sum(2, keepdim=True) / count
+
+
+def _filled_mean(x: Tensor, where: Tensor, enough: int) -> Tensor:
+    """`_mean`; rows with fewer tokens than rows are ever coded with alone rely on the others."""
+    count = where.sum(2, keepdim=True)
+    share = count.clamp(max=enough) / enough
+    mean = _mean(x, where)
+    pooled = (mean * count).sum(0, keepdim=True) / count.sum(0, keepdim=True).clamp(min=1)
+    return share * mean + (1 - share) * pooled
 
 
 def _checked(mean: Tensor, scale: Tensor) -> Centre:

@@ -110,12 +110,34 @@ def test_shorter_prompts_stay_with_hadamard_and_build_nothing() -> None:
     feed(model, cache, prompt(MIN_TOKENS - 1), MIN_TOKENS - 1)
     assert cache.profile is None
     assert bases(cache) == [{Orthonormal}] * 3
-    feed(model, cache, prompt(LONG), LONG)  # what was begun goes on
+    feed(model, cache, prompt(LONG), LONG)
+    assert bases(cache) == [{Orthonormal}] * 3, "what was begun goes on"
+    assert cache.profile is not None, "and the next cache starts with a profile"
+    assert NexusCache(model).profile is cache.profile
+
+
+def test_a_turn_much_shorter_than_its_past_builds_nothing() -> None:
+    model = tiny()
+    cache = NexusCache(model)
+    for size in (400, 400, MIN_TOKENS):
+        feed(model, cache, prompt(size), size)
     assert cache.profile is None
-    assert bases(cache) == [{Orthonormal}] * 3
-    other = NexusCache(model)
-    feed(model, other, prompt(MIN_TOKENS), MIN_TOKENS)
-    assert other.profile is not None
+
+
+def test_a_cache_made_before_uses_what_another_built() -> None:
+    model = tiny()
+    first, second = NexusCache(model), NexusCache(model)
+    for cache in (first, second):
+        feed(model, cache, prompt(LONG), LONG)
+    assert second.profile is first.profile
+
+
+def test_labels_build_it_too() -> None:
+    model = tiny()
+    ids = prompt(2 * MIN_TOKENS)
+    with nexusquant_evict(model):
+        model(ids, labels=ids)
+    assert NexusCache(model).profile is not None
 
 
 @pytest.mark.parametrize("settings", [{"codec": "exact"}, {"transform": "hadamard"}], ids=str)

@@ -149,9 +149,7 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         """Rows, -1 before the first update."""
         if self.tail is not None:
             return self.tail.keys.shape[0]
-        for part in self.stored.parts():
-            return part.batch_size
-        return -1
+        return next((part.batch_size for part in self.stored.parts()), -1)
 
     @property
     def tail_start(self) -> int:
@@ -214,7 +212,8 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         tail, config = self.tail, self.config
         if tail is None:
             return
-        if self.exact or tail.count < config.residual_length:
+        real = tail.count if call.valid is None else int(call.valid.sum(-1).max())
+        if self.exact or real < config.residual_length:
             self.tail = tail.owned()
             return
         many = call.query.shape[2] >= config.residual_length
@@ -224,8 +223,10 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
             self.layer_idx, call.received,
         )  # fmt: skip
         frame, profile = self.frame(), None
-        if self.profiles is not None and not self.stored.body:
-            profile = self.profiles.obtain(chunk, frame, config.sinks, call.output)
+        if self.profiles is not None:
+            alone = 2 * call.query.shape[2] >= self.length  # little else to attend to
+            output = call.output if alone else None
+            profile = self.profiles.obtain(chunk, frame, config.sinks, output)
         self.stored = compress(config, self.stored, chunk, frame, profile)
         if config.max_tokens is not None:
             self.stored = retain(

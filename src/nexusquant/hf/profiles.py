@@ -94,7 +94,10 @@ class ProfileBook:
     def obtain(
         self, chunk: Chunk, frame: KeyFrame, sinks: int, output: Callable[[], OutputSide] | None
     ) -> Profile | None:
-        """The profile, if it knows the chunk's layer or can be built from this chunk."""
+        """The profile, if it knows the chunk's layer or can be built from this chunk.
+
+        Behind a short first turn, a long one builds it for the caches to come: what is coded stays.
+        """
         if not self.wanted or chunk.queries is None or output is None:
             return self.profile
         known = self.profile is not None and (
@@ -102,11 +105,13 @@ class ProfileBook:
         )
         if known or _length(chunk) < MIN_TOKENS:
             return self.profile
-        if self.profile is None:
-            model = self._model()
-            if model is None:
-                return None
-            self.profile = Profile(fingerprint(model), self.page, "first prompt", _length(chunk))
+        model = self._model()
+        if self.profile is None and model is not None:
+            self.profile = find_profile(model, self.page) or Profile(
+                fingerprint(model), self.page, "first prompt", _length(chunk)
+            )
+        if self.profile is None or self.profile.complete:
+            return self.profile
         statistics = _statistics(chunk, frame, sinks, output(), PREFILL)
         if statistics is not None:
             self.profile.layers[chunk.layer_idx] = statistics.profile()

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from nexusquant.hf.cache import plain_cache, text_config
+from nexusquant.statistics import MIN_TOKENS
 
-CHUNK = 256
+CHUNK = MIN_TOKENS  # so that the first one builds a profile if there is none
 _WHOLE_CALL = ("inputs_embeds", "output_hidden_states", "output_attentions", "logits_to_keep")
 _LOSS = ("num_items_in_batch", "ignore_index")
 
@@ -30,8 +31,8 @@ class Scoring:
 
 
 def chunk_length(tokens: int, residual_length: int) -> int:
-    """Tokens per chunk: a quarter of the text, at most 256, at least what gets compressed."""
-    return max(residual_length, min(CHUNK, -(-tokens // 4)))
+    """Tokens per chunk: `CHUNK` if the text has two, else a quarter; at least what is compressed."""
+    return max(residual_length, CHUNK if tokens >= 2 * CHUNK else -(-tokens // 4))
 
 
 def obstacle(model: Any, kwargs: dict[str, Any]) -> str | None:
