@@ -115,27 +115,11 @@ def attend(
     """
     kv_heads = count_heads(parts)
     grouped = query.float().unflatten(1, (kv_heads, -1)) * scaling
-    partials = [_attend_heads(grouped, part, mask, frame, softcap) for part in parts]
+    partials = [_attend_part(grouped, part, mask, frame, softcap) for part in parts]
     if sink_logits is not None:
         lse = sink_logits.float().view(1, kv_heads, -1, 1, 1).expand_as(partials[0].lse)
         partials.append(Partial(torch.zeros_like(partials[0].output), lse))
     return merge(partials).output.flatten(1, 2).to(query.dtype)
-
-
-def _attend_heads(
-    query: Tensor,
-    part: CodedTokens | ExactTokens,
-    mask: Mask,
-    frame: KeyFrame,
-    softcap: float | None,
-) -> Partial:
-    """`_attend_part` of the heads that the part holds; the others see nothing."""
-    heads, count = part.heads, query.shape[1]
-    if heads is None:
-        return _attend_part(query, part, mask, frame, softcap)
-    mask = mask.of_heads(heads, count)
-    some = _attend_part(query[:, list(heads)], part, mask, frame, softcap)
-    return Partial(spread(some.output, heads, count, 0.0), spread(some.lse, heads, count, _MASKED))
 
 
 def _attend_part(
@@ -145,7 +129,13 @@ def _attend_part(
     frame: KeyFrame,
     softcap: float | None,
 ) -> Partial:
-    """Online softmax over the blocks of one set of tokens; query (b, h, g, q, d) already scaled."""
+    """Online softmax over the blocks of one set of tokens; query (b, h, g, q, d) already scaled.
+
+    Heads that the part does not hold see nothing.
+    """
+    kv_heads = query.shape[1]
+    if part.heads is not None:
+        query, mask = query[:, list(part.heads)], mask.of_heads(part.heads, kv_heads)
     _, heads, group, q_len, _ = query.shape
     flat = query.flatten(2, 3)
     step = max(64, min(2048, _LOGITS // flat.shape[:-1].numel()))
@@ -172,7 +162,11 @@ def _attend_part(
     if isinstance(part, CodedTokens):  # values were left in transform space: undo it once
         output = part.value_quantizer.leave(output, part.value_centre)
     lse = torch.where(total > 0, top + total.clamp(min=1e-38).log(), _MASKED)
-    return Partial(*(t.unflatten(2, (group, q_len)) for t in (output, lse)))
+    mine = Partial(*(x.unflatten(2, (group, q_len)) for x in (output, lse)))
+    return Partial(
+        spread(mine.output, part.heads, kv_heads, 0.0),
+        spread(mine.lse, part.heads, kv_heads, _MASKED),
+    )
 
 
 def _blocks(

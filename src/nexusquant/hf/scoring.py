@@ -31,7 +31,7 @@ class Scoring:
 
 
 def chunk_length(tokens: int, residual_length: int) -> int:
-    """Tokens per chunk: `CHUNK` if the text has two, else a quarter; at least what is compressed."""
+    """`CHUNK` tokens if the text has twice as many, else a quarter; at least what is compressed."""
     return max(residual_length, CHUNK if tokens >= 2 * CHUNK else -(-tokens // 4))
 
 
