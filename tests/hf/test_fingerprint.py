@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from nexusquant.hf.fingerprint import fingerprint
 from tests.hf.models import KINDS, prompt, tiny
@@ -33,6 +34,46 @@ def test_the_same_weights_in_another_dtype_are_the_same_model(kind: str) -> None
 
 def test_weights_in_full_precision_are_the_same_model_in_bf16() -> None:
     assert fingerprint(tiny().to(torch.bfloat16)) == fingerprint(tiny())
+
+
+@pytest.fixture
+def multimodal() -> Any:
+    """A language model whose config is nested in another one."""
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=tiny("gemma3").config)
+    return LlavaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["", "text_config"])
+@pytest.mark.parametrize("field", [
+    {"pad_token_id": 7}, {"eos_token_id": [3, 4]}, {"image_token_index": 5},
+    {"dtype": torch.bfloat16}, {"output_attentions": True}, {"return_dict": False},
+    {"id2label": {0: "yes", 1: "no", 2: "?"}}, {"use_cache": False}, {"attention_dropout": 0.1},
+    {"temperature": 0.3}, {"_name_or_path": "elsewhere"}, {"field_of_a_later_version": None},
+], ids=lambda field: next(iter(field)))  # fmt: skip
+def test_fields_that_attention_does_not_read_change_nothing(
+    multimodal: Any, field: dict[str, Any], nested: bool
+) -> None:
+    before = fingerprint(multimodal)
+    config = multimodal.config.text_config if nested else multimodal.config
+    vars(config).update(field)
+    assert fingerprint(multimodal) == before == fingerprint(copy.deepcopy(multimodal))
+
+
+@pytest.mark.parametrize("field", [
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, {"sliding_window": 16},
+    {"attn_logit_softcapping": 30.0}, {"query_pre_attn_scalar": 4}, {"rms_norm_eps": 1e-3},
+    {"layer_types": ["full_attention"] * 3}, {"max_position_embeddings": 100},
+    {"setting_of_an_unknown_model": 2},
+], ids=lambda field: next(iter(field)))  # fmt: skip
+def test_fields_that_attention_may_read_are_noticed(multimodal: Any, field: dict[str, Any]) -> None:
+    """Also after a first look."""
+    before = fingerprint(multimodal)
+    vars(multimodal.config.text_config).update(field)
+    assert fingerprint(copy.deepcopy(multimodal)) == fingerprint(multimodal) != before
 
 
 def test_use_does_not_change_it() -> None:

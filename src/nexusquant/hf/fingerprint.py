@@ -4,35 +4,59 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import weakref
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig
 
 _SAMPLES = 16  # elements read per parameter
-_IGNORED = ("transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+# Fields that every config has or that belong to `generate`, and those that only training, loading
+# or the tokenizer reads. All others count: nobody knows every field that attention depends on.
+_GENERIC = {*PreTrainedConfig().to_dict(), *GenerationConfig().to_dict()} - {"model_type"}
+_UNRELATED = re.compile(
+    "^_|_token_(id|index)$|dtype|drop|initializer|loss|label|router_logits|pretraining_tp"
+    "|torchscript|quantization_config"
+)
 
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = (
     weakref.WeakKeyDictionary()
 )
 
 
+def _relevant(field: Any) -> Any:
+    """A config field without what attention does not depend on, at any depth.
+
+    What is None or False goes too: a newer transformers adds fields that are off.
+    """
+    if not isinstance(field, dict):
+        return field
+    return {
+        str(name): _relevant(value)
+        for name, value in field.items()
+        if value is not None
+        and value is not False
+        and name not in _GENERIC
+        and not _UNRELATED.search(str(name))
+    }
+
+
 @torch.no_grad()
 def fingerprint(model: Any) -> str:
-    """16 hex digits of a model's config and weights.
+    """16 hex digits of a model's weights and of the config fields that attention may depend on.
 
     Every parameter contributes its name, shape and a few elements rounded to bf16: the same weights
     loaded in bf16 and in fp32 are the same model (so are bf16 weights loaded in fp16, fp32 weights
     need not be), and fine-tuned weights are another.
     """
     parameters = dict(model.named_parameters())
-    version = tuple((p.data_ptr(), p._version) for p in parameters.values())
+    config = json.dumps(_relevant(model.config.to_dict()), sort_keys=True, default=str)
+    version = config, *((p.data_ptr(), p._version) for p in parameters.values())
     if model in _known and _known[model][0] == version:
         return _known[model][1]
-    config = model.config.to_dict()
-    clean = {k: v for k, v in config.items() if not k.startswith("_") and k not in _IGNORED}
-    digest = hashlib.sha256(json.dumps(clean, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(config.encode())
     for name, parameter in sorted(parameters.items()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         if parameter.is_meta or not parameter.numel():
