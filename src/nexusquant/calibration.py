@@ -63,7 +63,7 @@ def calibrate(
         )
     config = CompressionConfig(codec="exact", rope_page=rope_page)
     chosen = _pieces(tokenizer, texts, length, pieces)
-    collector = Collector(model, config)
+    collector = Collector(model, rope_page)
     training = model.training
     takes = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # the others cost gigabytes

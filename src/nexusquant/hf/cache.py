@@ -160,7 +160,7 @@ class NexusCache(DynamicCache):
     ) -> None:
         check_model(model)
         self.config = resolve_config(quality, **overrides)
-        self._profiles = ProfileBook(model, self.config, profile)
+        self._profiles = ProfileBook.of(model, self.config, profile)
         super().__init__(config=text_config(model))
         compact_layers(self, model, self.config, Notices(), self._profiles)
 

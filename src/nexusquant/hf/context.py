@@ -150,7 +150,7 @@ def _compact(model: nn.Module, run: Run, cache: Any) -> None:
         )
         run.adopt(cache)
     else:
-        book = ProfileBook(model, run.config, run.profile)
+        book = ProfileBook.of(model, run.config, run.profile)
         compact_layers(cache, model, run.config, run.notices, book)
         run.adopt(cache)
 

@@ -34,12 +34,6 @@ _lock = threading.RLock()
 _known: weakref.WeakKeyDictionary[nn.Module, dict[int, Profile]] = weakref.WeakKeyDictionary()
 
 
-def forget_profiles(model: nn.Module) -> None:
-    """Forget what was built or loaded for a model; the next cache looks again."""
-    with _lock:
-        _known.pop(model, None)
-
-
 def remember_profile(model: nn.Module, profile: Profile) -> None:
     """Use `profile` for new caches of `model`."""
     with _lock:
@@ -82,14 +76,20 @@ class ProfileBook:
     """The profile that one cache uses; the first long prompt of a model builds it."""
 
     def __init__(
-        self, model: nn.Module, config: CompressionConfig, given: ProfileLike = None
+        self, model: nn.Module, page: int, profile: Profile | None = None, wanted: bool = True
     ) -> None:
         self._model = weakref.ref(model)
-        self.page = config.rope_page
-        self.wanted = config.codec == "e8" and config.transform == "klt"
-        find = self.wanted or given is not None  # a wrong one is refused even where unused
-        found = find_profile(model, self.page, given) if find else None
-        self.profile = found if self.wanted else None
+        self.page, self.profile, self.wanted = page, profile, wanted
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, config: CompressionConfig, given: ProfileLike = None
+    ) -> ProfileBook:
+        """The book of a new cache. Raises `ProfileError` as `find_profile` does."""
+        wanted = config.codec == "e8" and config.transform == "klt"
+        find = wanted or given is not None  # a wrong one is refused even where unused
+        found = find_profile(model, config.rope_page, given) if find else None
+        return cls(model, config.rope_page, found if wanted else None, wanted)
 
     def obtain(
         self, chunk: Chunk, frame: KeyFrame, sinks: int, output: Callable[[], OutputSide] | None
@@ -140,11 +140,10 @@ class ProfileBook:
 
 
 class Collector(ProfileBook):
-    """Gathers statistics over several texts instead; nothing is coded meanwhile."""
+    """Gathers statistics over several texts instead; knows no profile meanwhile."""
 
-    def __init__(self, model: nn.Module, config: CompressionConfig) -> None:
-        super().__init__(model, config)
-        self.wanted = True
+    def __init__(self, model: nn.Module, page: int) -> None:
+        super().__init__(model, page)
         self.statistics: dict[int, list[LayerStatistics]] = {}
 
     def obtain(
