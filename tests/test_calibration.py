@@ -13,7 +13,9 @@ from nexusquant import ConfigError, NexusCache, UnsupportedError, calibrate, sav
 from nexusquant.calibration import own_text
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.profile import SIDES, Profile
+from nexusquant.quantizer import Profiled
 from nexusquant.statistics import MIN_TOKENS, PREFILL
+from tests.hf.models import tiny
 from tests.tiny_checkpoint import LINES, tiny_model, tiny_tokenizer
 
 
@@ -73,6 +75,17 @@ def test_calibrate_makes_a_profile_in_force(model: Any, tokenizer: Any) -> None:
     assert found is not None
     assert torch.equal(first_layer(found), first_layer(profile))
     assert path.is_file()
+
+
+def test_layers_with_short_windows_are_calibrated_too(tokenizer: Any) -> None:
+    model = tiny("gemma3", vocab_size=len(tokenizer), sliding_window=100)
+    profile = calibrate(model, tokenizer, [text(2000)], tokens=512, pieces=3)
+    assert list(profile.layers) == [0, 1, 2]
+    cache = NexusCache(model)
+    with torch.no_grad():
+        model(tokenizer(text(900), return_tensors="pt").input_ids[:, :300], past_key_values=cache)
+    for layer in cache.layers:
+        assert isinstance(layer.stored.body[0].key_quantizer.basis, Profiled)
 
 
 def test_it_replaces_the_profile_of_an_earlier_prompt(model: Any, tokenizer: Any) -> None:

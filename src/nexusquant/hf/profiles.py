@@ -149,8 +149,8 @@ class Collector(ProfileBook):
     def obtain(
         self, chunk: Chunk, frame: KeyFrame, sinks: int, output: Callable[[], OutputSide] | None
     ) -> Profile | None:
-        """Adds the chunk's statistics."""
-        if output is not None and chunk.queries is not None and _length(chunk) >= MIN_TOKENS:
+        """Adds the chunk's statistics; of layers with a short window, few tokens of every text."""
+        if output is not None and chunk.queries is not None:
             statistics = _statistics(chunk, frame, sinks, output(), CALIBRATION)
             if statistics is not None:
                 self.statistics.setdefault(chunk.layer_idx, []).append(statistics)
@@ -164,8 +164,8 @@ class Collector(ProfileBook):
         """
         if not self.statistics:
             raise ProfileError(
-                f"no text of at least {MIN_TOKENS} tokens reached an attention layer of this"
-                " model, so there is nothing to build a profile from."
+                "no text reached an attention layer of this model that can be compressed, so there"
+                " is nothing to build a profile from."
             )
         layers = {
             index: LayerStatistics.mean(parts).profile()
