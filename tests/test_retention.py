@@ -12,6 +12,7 @@ from nexusquant import CompressionConfig
 from nexusquant.compressor import Chunk, Stored, compress
 from nexusquant.math.rope import KeyFrame
 from nexusquant.retention import WINDOW, attention_received, retain
+from tests.chunks import body_slots, shared, uneven
 
 FRAME = KeyFrame(None, 0)
 EXACT = CompressionConfig(codec="exact", recent=4)
@@ -111,6 +112,25 @@ def test_only_the_latest_queries_vote() -> None:
     assert torch.equal(
         slots(limit(stored, 20, late)), slots(limit(stored, 20, torch.cat([early, late], 2)))
     )
+
+
+@pytest.mark.parametrize("tokens", [13, 20, 40])
+@pytest.mark.parametrize("safeguard", [0.3, 1.0])
+@pytest.mark.parametrize("codec", ["exact", "e8"])
+def test_recent_tokens_stay_in_every_head_whatever_their_tier(
+    codec: str, safeguard: float, tokens: int
+) -> None:
+    settings = shared(codec, head_safeguard=safeguard, max_tokens=tokens)
+    valid = torch.arange(300) >= torch.tensor([[0], [90]])
+    stored = compress(settings, Stored(), uneven(300, valid=valid))
+    queries = torch.randn(2, 6, 8, 32)
+    for end in (300, 308, 316):
+        stored = limit(stored, tokens, queries, recent_from=end - 8)
+        for rows in body_slots(stored, 2, 3):
+            assert all(head[-8:] == list(range(end - 8, end)) for head in rows)
+        # Where they are in other parts in every head they may take more, until they are older.
+        assert end == 300 or stored.count <= tokens
+        stored = compress(settings, stored, uneven(8, start=end, queries=None))
 
 
 @pytest.mark.parametrize("tokens", [0, 36, -1, 40.5])

@@ -20,14 +20,18 @@ class CompressionConfig:
     """How one cache is compressed. Immutable, validated, JSON round trip.
 
     Args:
-        evict_ratio: fraction of the tokens dropped from each compressed chunk, in [0, 1).
+        evict_ratio: fraction of the tokens dropped from each compressed chunk, in [0, 1), as far as
+            `recent` allows.
         scorer: importance score that decides which tokens are dropped (`nexusquant.scorers`).
         per_head: every KV head keeps its own tokens; False keeps the same tokens in all heads.
         head_safeguard: share of its even budget that each KV head is certain of, in (0, 1]; the
             rest of a layer's budget goes to the heads whose tokens score highest (AdaKV, Feng et
             al. 2024, arXiv 2407.11550). 1 gives all heads the same number. Needs `per_head`.
         sinks: first tokens of a sequence, always kept and stored uncoded.
-        recent: last tokens of a chunk, never dropped (but coded).
+        recent: last tokens of every chunk, never dropped (but coded), as nothing is reconsidered
+            when more follows: a chunk of n tokens keeps max(round((1 - evict_ratio) n), recent) of
+            them (the first one sinks + recent), so a prompt that comes in chunks of little more
+            than `recent` loses next to nothing.
         codec: "e8" (lattice codes) or "exact" (kept tokens stored as they are).
         key_bits, value_bits: mean bits per element of the kept tokens, above 0, at most 8.
         allocation: who gets them. "joint": keys and values of all heads and layers draw on one
@@ -42,10 +46,13 @@ class CompressionConfig:
         rope_page: keys are un-rotated to the start of their page of this many positions:
             1 removes RoPE altogether, 0 leaves it on.
         residual_length: the uncoded tail is compressed when it reaches this many tokens. Only
-            forward passes over at least as many tokens evict; decoded tokens are only coded.
+            forward passes over at least as many tokens evict, each from a chunk of its own (what
+            was left in the tail included); decoded tokens are only coded.
         max_tokens: most tokens stored per head and full-attention layer, uncoded tail not counted.
             When a block makes it more, those that the latest queries attend to least are dropped,
-            so a generation of any length takes bounded memory. None for no limit.
+            so a generation of any length takes bounded memory. The last `recent` all stay: behind
+            a prompt, where heads have them in different tiers, that may take a few tokens more
+            than a limit near `sinks + recent`. None for no limit.
         levels: reconstruction levels of the lattice code, "companded" or "uniform".
         overload: factor on the code's range; above 1 trades granular noise for fewer clipped
             outliers. 1 is where the KL was lowest.

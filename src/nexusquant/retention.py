@@ -33,10 +33,12 @@ def retain(
 
     Args:
         queries: (batch, query_heads, q_len, dim) post-RoPE, behind all stored tokens.
-        recent_from: slots from here on stay.
+        recent_from: slots from here on stay, also where that takes more than `limit`: a part has
+            the same number of entries in every head, whichever parts their recent tokens are in.
 
-    The tokens that go are those with the least mean attention in their part; every part shrinks by
-    the same factor, so the mean rate stays, and so do the shares of the heads.
+    The tokens that go are those with the least mean attention in their part; apart from recent
+    tokens every part shrinks by the same factor, so the mean rate stays, and so do the shares of
+    the heads.
     """
     if stored.count <= limit or not stored.body:
         return stored
@@ -57,15 +59,16 @@ def retain(
 
 
 def _quotas(parts: Sequence[Part], room: int, recent_from: int) -> list[int]:
-    """How many entries per head each part keeps, for a total of `room` over all heads."""
+    """How many entries per head each part keeps, `room` over all heads: recent ones, then others.
+
+    The recent entries of a part are as many as the fullest head and row have there.
+    """
     sure = []
     for part in parts:
-        recent = 0
-        if part.heads is not None:  # it may hold little else: heads go on in it behind the others
-            at = part.slots.positions(part.device)
-            recent = int((at >= max(recent_from, 0)).sum(-1).max())
-        sure.append(min(recent, room // part.kv_heads))
+        recent = part.slots.positions(part.device) >= max(recent_from, 0)
+        sure.append(int(recent.sum(-1).max()))
         room -= sure[-1] * part.kv_heads
+    room = max(room, 0)
     free = [part.slots.count - fixed for part, fixed in zip(parts, sure, strict=True)]
     left = sum(count * part.kv_heads for part, count in zip(parts, free, strict=True))
     quotas = []

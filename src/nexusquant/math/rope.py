@@ -132,7 +132,7 @@ def rotate(apply: ApplyRope, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool)
     ones pass through.
     """
     batch, heads, tokens, dim = x.shape
-    cos, sin = (t.float().reshape(batch * heads, tokens, -1) for t in (cos, sin))
+    cos, sin = cos.float().flatten(0, 1), sin.float().flatten(0, 1)
     flat = x.float().reshape(batch * heads, 1, tokens, dim)
     width = _rotated_dims(apply, cos.shape[-1], dim)
     turned = apply(flat[..., :width], flat[..., :width], cos, -sin if inverse else sin)[1]
