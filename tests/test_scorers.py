@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nexusquant.errors import ConfigError
-from nexusquant.scorers import SCORERS, ScoreInputs, get_scorer
+from nexusquant.errors import ConfigError, NonFiniteError
+from nexusquant.scorers import SCORERS, ScoreInputs, checked_scores, get_scorer
 from nexusquant.scorers.expected_attention import ExpectedAttention
 from nexusquant.scorers.key_key import KeyKey
 from nexusquant.scorers.snapkv import SnapKV
@@ -185,3 +185,37 @@ def test_unknown_scorer_lists_the_known(name: object) -> None:
 def test_shapes_that_do_not_fit(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         replace(random_inputs(), **change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scores_of_any_float_are_taken_whatever_padding_has(dtype: torch.dtype) -> None:
+    inputs = random_inputs(padding=[0, 3])
+    scores = torch.rand(2, 3, 37).to(dtype)
+    scores[1, :, :3] = torch.nan
+    checked = checked_scores(scores, inputs, "mine")
+    assert checked.dtype == torch.float32
+    torch.testing.assert_close(checked, scores.float(), equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_scores_are_counted(bad: float) -> None:
+    scores = torch.zeros(2, 3, 37)
+    scores[1, 0, 4] = scores[0, 2, 5] = bad
+    with pytest.raises(NonFiniteError, match=r"^2 of 222 .*'mine'"):
+        checked_scores(scores, random_inputs(padding=[0, 4]), "mine")
+
+
+@pytest.mark.parametrize(
+    ("scores", "given"),
+    [
+        (None, "NoneType"),
+        ([0.0] * 37, "list"),
+        (torch.zeros(2, 37), r"torch.float32 \(2, 37\)"),
+        (torch.zeros(2, 6, 37), r"torch.float32 \(2, 6, 37\)"),
+        (torch.zeros(2, 3, 37, dtype=torch.int64), "torch.int64"),
+        (torch.zeros(2, 3, 37, dtype=torch.complex64), "torch.complex64"),
+    ],
+)
+def test_what_is_no_scores_is_refused(scores: object, given: str) -> None:
+    with pytest.raises(ConfigError, match=rf"scorer 'mine' must .* \(2, 3, 37\), got {given}"):
+        checked_scores(scores, random_inputs(), "mine")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nexusquant.errors import ConfigError, NonFiniteError
+from nexusquant.errors import ConfigError
 
 _LEAST_PART = 8  # entries of some heads that are worth a part of their own
 
@@ -51,7 +51,8 @@ def select_tokens(
     Sinks count towards that total but are returned apart. Padding is never kept. Ties go to the
     earlier token. For a later chunk of the same sequence pass `sinks=0`.
 
-    scores: `(batch, kv_heads, tokens)`, higher is kept; None only if nothing is evicted.
+    scores: `(batch, kv_heads, tokens)` on `device`, finite where valid, higher is kept; None only
+        if nothing is evicted.
     valid: `(batch, tokens)` bool, False is padding; None if there is none.
     per_head: each KV head keeps its own tokens. Otherwise all keep those with the highest plain
         mean over heads; a scorer whose scale differs between heads thereby weights them.
@@ -60,8 +61,7 @@ def select_tokens(
         others are the best of all heads together; ties go to the earlier token, then to the lower
         head. No effect without `per_head`.
 
-    Raises ConfigError for an argument outside its range or of the wrong shape, NonFiniteError if a
-    valid token's score is NaN or infinite.
+    Raises ConfigError for an argument outside its range and for a `valid` of the wrong shape.
     """
     if not 0.0 <= evict_ratio < 1.0 or sinks < 0 or recent < 0:
         raise ConfigError(
@@ -88,12 +88,6 @@ def select_tokens(
         return Selection(sink_indices, _pack(rest))
     if scores is None:
         raise ConfigError(f"evict_ratio {evict_ratio} needs scores, got None")
-    if scores.shape != (batch, kv_heads, tokens):
-        raise ConfigError(f"scores must be {(batch, kv_heads, tokens)}, got {tuple(scores.shape)}")
-    scores = scores.to(device=device, dtype=torch.float32)
-    bad = int((~torch.isfinite(scores) & mask[:, None]).sum())
-    if bad:
-        raise NonFiniteError(f"{bad} of {scores.numel()} importance scores are NaN or infinite")
 
     # Counted on the CPU: n * ratio wants float64, which not every device has.
     n = n_valid.cpu()

@@ -15,7 +15,7 @@ from nexusquant.errors import NonFiniteError
 from nexusquant.math.rope import KeyFrame
 from nexusquant.plan import Coding, plan_coding
 from nexusquant.profile import Profile
-from nexusquant.scorers import ScoreInputs, get_scorer
+from nexusquant.scorers import ScoreInputs, checked_scores, get_scorer
 from nexusquant.slots import BatchFn, Slots
 from nexusquant.tokens import CodedTokens, ExactTokens, count_heads, gather_tokens
 
@@ -139,7 +139,8 @@ def compress(
         profile: of the model, if it knows this layer; what a past was coded with stays in force.
 
     Raises:
-        NonFiniteError: NaN or infinity among the tokens to keep, or in their scores.
+        ConfigError: the scorer returned something else than scores.
+        NonFiniteError: NaN or infinity among the tokens to keep, or in the scores.
     """
     frame = frame or KeyFrame(None, 0)
     try:
@@ -193,7 +194,7 @@ def _scores(
         _first_sinks(config, past), rope, config.seed, chunk.layer_idx,
         chunk.received,
     )  # fmt: skip
-    return get_scorer(config.scorer).score(inputs)
+    return checked_scores(get_scorer(config.scorer).score(inputs), inputs, config.scorer)
 
 
 def _first_sinks(config: CompressionConfig, past: Stored) -> int:

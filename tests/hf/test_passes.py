@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from nexusquant import NexusCache, NonFiniteError
+from nexusquant import ConfigError, NexusCache, NonFiniteError
+from nexusquant.scorers import SCORERS
 from tests.hf.models import prompt, tiny
 
 SETTINGS: dict[str, Any] = {"quality": "high", "residual_length": 8, "recent": 4}
@@ -66,6 +68,32 @@ def test_a_refused_pass_is_undone() -> None:
         model(inputs_embeds=bad, past_key_values=cache)
     assert cache.get_seq_length() == 40
     assert cache.nbytes == before
+
+
+@pytest.mark.parametrize("evict_ratio", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("scores", "error"),
+    [
+        (torch.zeros(2, 3), ConfigError),
+        (None, ConfigError),
+        (torch.full((1, 2, 20), torch.nan), NonFiniteError),
+    ],
+)
+def test_a_pass_with_bad_scores_is_undone(
+    scores: Any, error: type[Exception], evict_ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without eviction they still decide on tiers."""
+    model, ids = tiny("llama"), prompt(60)
+    caches = [
+        NexusCache(model, **SETTINGS, evict_ratio=evict_ratio, scorer="key_norm") for _ in range(2)
+    ]
+    for cache in caches:
+        logits(model, cache, ids[:, :40])
+    with monkeypatch.context() as patch, pytest.raises(error, match="scorer 'key_norm'"):
+        patch.setitem(SCORERS, "key_norm", SimpleNamespace(score=lambda _: scores))
+        logits(model, caches[0], ids[:, 40:])
+    assert torch.equal(*(logits(model, cache, ids[:, 40:]) for cache in caches))
+    assert caches[0].nbytes == caches[1].nbytes
 
 
 def test_a_pass_keeps_nothing_alive() -> None:

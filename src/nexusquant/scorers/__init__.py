@@ -6,7 +6,7 @@ To add a scorer: a new file with a `score(inputs)` method, one line in `SCORERS`
 from __future__ import annotations
 
 from nexusquant.errors import ConfigError
-from nexusquant.scorers.base import ScoreInputs, Scorer, ScoringRope
+from nexusquant.scorers.base import ScoreInputs, Scorer, ScoringRope, checked_scores
 from nexusquant.scorers.expected_attention import ExpectedAttention
 from nexusquant.scorers.key_key import KeyKey
 from nexusquant.scorers.key_norm import KeyNorm
@@ -14,7 +14,7 @@ from nexusquant.scorers.kvzip import KVzip
 from nexusquant.scorers.random import Random
 from nexusquant.scorers.snapkv import SnapKV
 
-__all__ = ["SCORERS", "ScoreInputs", "Scorer", "ScoringRope", "get_scorer"]
+__all__ = ["SCORERS", "ScoreInputs", "Scorer", "ScoringRope", "checked_scores", "get_scorer"]
 
 SCORERS: dict[str, Scorer] = {
     "expected_attention": ExpectedAttention(),

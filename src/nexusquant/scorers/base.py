@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nexusquant.errors import ConfigError
+from nexusquant.errors import ConfigError, NonFiniteError
 
 
 class ScoringRope(Protocol):
@@ -94,6 +94,28 @@ class Scorer(Protocol):
 
     def score(self, inputs: ScoreInputs) -> Tensor:
         """`(batch, kv_heads, tokens)` fp32, higher is kept; meaningless where not valid."""
+
+
+def checked_scores(scores: object, inputs: ScoreInputs, name: str) -> Tensor:
+    """What the scorer `name` returned for `inputs`, in fp32 where the keys are.
+
+    Raises ConfigError for anything but a floating-point tensor of `Scorer.score`'s shape,
+    NonFiniteError if a valid token's score is NaN or infinite.
+    """
+    shape = tuple(inputs.keys.shape[:3])
+    given = type(scores).__name__
+    if isinstance(scores, Tensor):
+        given = f"{scores.dtype} {tuple(scores.shape)}"
+    if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != shape:
+        raise ConfigError(f"scorer {name!r} must return floating-point {shape}, got {given}")
+    scores = scores.to(inputs.keys.device, torch.float32)
+    bad = int((~torch.isfinite(scores) & inputs.valid_mask()[:, None]).sum())
+    if bad:
+        raise NonFiniteError(
+            f"{bad} of {scores.numel()} importance scores are NaN or infinite: look for such keys,"
+            f" values and queries first, then at scorer {name!r}"
+        )
+    return scores
 
 
 def causal_attention(
