@@ -151,6 +151,30 @@ def test_stats_after_the_block_are_those_of_the_last_cache(model: Any) -> None:
     assert "compressed" in str(run.stats)
 
 
+def test_the_profile_in_use(model: Any) -> None:
+    filled = generate(model, prompt(40), 2).past_key_values
+    with nexusquant_evict(model) as run:
+        assert run.profile is None
+        generate(model, prompt(60), 2)
+        assert run.profile is None, "too short to build one"
+        generate(model, prompt(460), 1)
+        built = run.profile
+    assert run.profile is built is NexusCache(model).profile is not None
+    with nexusquant_evict(model, "max") as run:
+        assert run.profile is built, "found"
+        own = NexusCache(model, rope_page=0)
+        generate(model, prompt(460), 1, past_key_values=own)
+        assert run.profile is own.profile is not None is not built
+        generate(model, prompt(60), 2)
+        assert run.profile is built
+        with pytest.warns(UserWarning, match="left uncompressed"):
+            generate(model, prompt(60), 2, past_key_values=filled)
+        assert run.profile is None
+    with nexusquant_evict(model, transform="hadamard", profile=built) as run:
+        generate(model, prompt(60), 2)
+    assert run.profile is None
+
+
 def test_a_cache_outlives_its_block(model: Any) -> None:
     stock = generate(model, prompt(40))
     with nexusquant_evict(model, EXACT):

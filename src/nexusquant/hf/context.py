@@ -19,71 +19,22 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
 
-from nexusquant.accounting import CacheStats
 from nexusquant.config import CompressionConfig, resolve_config
-from nexusquant.errors import NexusQuantError
-from nexusquant.hf.cache import (
-    cache_stats,
-    check_model,
-    compact_layers,
-    plain_cache,
-    text_config,
-)
+from nexusquant.hf.cache import check_model, compact_layers, plain_cache, text_config
 from nexusquant.hf.install import Installation
 from nexusquant.hf.layer import CompactLayer
-from nexusquant.hf.notices import Notices
-from nexusquant.hf.profiles import ProfileBook, ProfileLike, find_profile
+from nexusquant.hf.profiles import ProfileLike
+from nexusquant.hf.run import Run
 from nexusquant.hf.scoring import Scoring, join, obstacle, run_chunks, too_short
 
 _lock = threading.RLock()
 _thread = threading.local()
 
 
-class Run:
-    """What `nexusquant_evict` yields: the settings and, afterwards, the figures.
-
-    Attributes:
-        config: the settings in force.
-    """
-
-    def __init__(self, config: CompressionConfig, profile: ProfileLike = None) -> None:
-        self.config, self.profile = config, profile
-        self.notices = Notices()
-        self._cache: Cache | None = None
-        self._last: CacheStats | None = None
-
-    @property
-    def stats(self) -> CacheStats:
-        """Measured size of the cache used last.
-
-        Raises:
-            NexusQuantError: no cache was used.
-        """
-        if self._cache is not None:
-            self._last = cache_stats(self._cache)
-        if self._last is None:
-            raise NexusQuantError(
-                "no cache was used inside this nexusquant_evict block: nothing ran yet, or the"
-                " model ran without a cache (use_cache=False)."
-            )
-        return self._last
-
-    def adopt(self, cache: Cache) -> None:
-        """Remember the cache in use; the one before is measured and let go."""
-        if cache is not self._cache:
-            self.let_go()
-            self._cache = cache
-
-    def let_go(self) -> None:
-        """Measure the cache and drop it."""
-        if self._cache is not None:
-            self._last, self._cache = cache_stats(self._cache), None
-
-
 # Runs entered by this thread or task, and all runs of a model for threads that entered none.
-_active: contextvars.ContextVar[tuple[tuple[int, Run], ...]] = contextvars.ContextVar(
+# None instead of a run: outside of all of them for a while.
+_active: contextvars.ContextVar[tuple[tuple[int, Run | None], ...]] = contextvars.ContextVar(
     "nexusquant_active", default=()
 )
 _entered: weakref.WeakKeyDictionary[nn.Module, list[Run]] = weakref.WeakKeyDictionary()
@@ -92,8 +43,18 @@ _hooks: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDiction
 
 def _current(model: nn.Module) -> Run | None:
     runs = _entered.get(model, [])
-    mine = [run for owner, run in _active.get() if owner == id(model) and run in runs]
+    mine = [run for owner, run in _active.get() if owner == id(model) and run in (None, *runs)]
     return mine[-1] if mine else runs[-1] if runs else None
+
+
+@contextmanager
+def outside_blocks(model: nn.Module) -> Iterator[None]:
+    """What this thread runs meanwhile is not of any block: `calibrate` is nobody's generation."""
+    token = _active.set((*_active.get(), (id(model), None)))
+    try:
+        yield
+    finally:
+        _active.reset(token)
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -150,8 +111,7 @@ def _compact(model: nn.Module, run: Run, cache: Any) -> None:
         )
         run.adopt(cache)
     else:
-        book = ProfileBook.of(model, run.config, run.profile)
-        compact_layers(cache, model, run.config, run.notices, book)
+        compact_layers(cache, model, run.config, run.notices, run.book(model))
         run.adopt(cache)
 
 
@@ -247,7 +207,7 @@ def nexusquant_evict(
         **overrides: fields of `CompressionConfig`.
 
     Yields:
-        `Run`, whose `stats` give the measured size of the cache used last.
+        `Run`, whose `stats` give the measured size of the cache used last, `profile` its profile.
 
     Raises:
         ConfigError: unknown preset or field.
@@ -263,9 +223,7 @@ def nexusquant_evict(
     """
     check_model(model)
     config = resolve_config(quality, **overrides)
-    if profile is not None:  # complain here, not in the middle of a generation
-        profile = find_profile(model, config.rope_page, profile)
-    run = Run(config, profile)
+    run = Run(model, config, profile)
     installation = Installation(model)
     with _lock:
         runs = _entered.setdefault(model, [])
