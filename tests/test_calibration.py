@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from nexusquant import ConfigError, NexusCache, UnsupportedError, calibrate, save_profile
+from nexusquant import (
+    ConfigError,
+    NexusCache,
+    NexusQuantError,
+    UnsupportedError,
+    calibrate,
+    nexusquant_evict,
+    save_profile,
+)
 from nexusquant.calibration import own_text
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.profile import SIDES, Profile
@@ -172,10 +180,21 @@ def test_the_model_is_left_as_it_was(model: Any, tokenizer: Any) -> None:
         (["short"], {}, "none of the 1 texts has 448 tokens"),
         (["short", "and sweet"], {}, "none of the 2 texts has 448 tokens"),
         ([], {}, "none of the 0 texts has 448 tokens"),
+        (text(3000), {}, "a list of texts, got str"),
+        (5, {}, "a list of texts, got int"),
+        ([text(3000), None], {}, "texts must be strings, got NoneType"),
+        (b"text", {}, "texts must be strings, got int"),
+        ([text(3000)], {"tokens": 256}, "tokens=256: must be an integer of at least 448"),
+        ([text(3000)], {"tokens": 512.5}, "tokens=512.5: must be"),
+        ([text(3000)], {"tokens": "600"}, "tokens='600': must be"),
+        ([text(3000)], {"pieces": 0}, "pieces=0: must be an integer of at least 1"),
+        ([text(3000)], {"pieces": 1.5}, "pieces=1.5: must be"),
+        ([text(3000)], {"pieces": True}, "pieces=True: must be"),
+        ([text(3000)], {"rope_page": -1}, "rope_page=-1: must be"),
     ],
 )
-def test_too_little_text(
-    model: Any, tokenizer: Any, texts: list[str], settings: dict[str, Any], message: str
+def test_nothing_to_learn_from(
+    model: Any, tokenizer: Any, texts: Any, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         calibrate(model, tokenizer, texts, **settings)
@@ -183,17 +202,9 @@ def test_too_little_text(
     assert not model._forward_pre_hooks
 
 
-def test_pieces_too_short_for_a_profile_are_refused_by_their_own_name(
-    model: Any, tokenizer: Any
-) -> None:
-    with pytest.raises(ConfigError, match="tokens"):
-        calibrate(model, tokenizer, [text(3000)], tokens=256)
-    with pytest.raises(ConfigError, match="pieces"):
-        calibrate(model, tokenizer, [text(3000)], pieces=0)
-    with pytest.raises(ConfigError, match="a list of texts"):
-        calibrate(model, tokenizer, text(3000))
+def test_a_model_that_takes_too_few_tokens(model: Any, tokenizer: Any) -> None:
     model.config.max_position_embeddings = 300
-    with pytest.raises(ConfigError, match="of at most 300 that the model takes"):
+    with pytest.raises(ConfigError, match="takes 300 tokens at most, but a profile needs 448"):
         calibrate(model, tokenizer, [text(3000)])
 
 
@@ -219,6 +230,21 @@ def test_what_cannot_have_a_compressed_cache(tokenizer: Any) -> None:
         calibrate(torch.nn.Linear(2, 2), tokenizer, [text(600)])
 
 
+def test_a_block_around_it_is_left_alone(model: Any, tokenizer: Any) -> None:
+    with nexusquant_evict(model, "max") as run:
+        texts = own_text(model, tokenizer, tokens=600, pieces=1)
+        profile = calibrate(model, tokenizer, texts)
+        with pytest.raises(NexusQuantError, match="no cache was used"):
+            _ = run.stats
+        with torch.no_grad():
+            model(torch.zeros(1, 40, dtype=torch.long))
+        assert run.stats.tokens == 40
+        calibrate(model, tokenizer, texts)
+        assert run.stats.tokens == 40
+        assert run.profile is profile
+    assert own_text(model, tokenizer, tokens=600, pieces=1) == texts, "sampled uncompressed"
+
+
 # -- text of the model's own
 
 
@@ -241,6 +267,15 @@ def test_own_text_does_for_calibration(model: Any, tokenizer: Any) -> None:
     texts = own_text(model, tokenizer, tokens=600, pieces=1)
     profile = calibrate(model, tokenizer, texts, tokens=512, pieces=1, source="own text")
     assert (profile.source, profile.tokens) == ("own text", 512)
+
+
+@pytest.mark.parametrize("settings", [
+    {"tokens": 0}, {"tokens": 10.5}, {"pieces": 0}, {"pieces": 1.5},
+], ids=str)  # fmt: skip
+def test_own_text_of_a_strange_size(model: Any, tokenizer: Any, settings: dict[str, float]) -> None:
+    name, value = next(iter(settings.items()))
+    with pytest.raises(ConfigError, match=f"{name}={value}: must be an integer of at least 1"):
+        own_text(model, tokenizer, **settings)
 
 
 def test_own_text_needs_somewhere_to_start(model: Any) -> None:

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import ConfigError, ProfileError
 from nexusquant.hf.cache import check_model, compact_layers, text_config
+from nexusquant.hf.context import outside_blocks
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.profiles import Collector, find_profile, remember_profile
 from nexusquant.profile import Profile
@@ -52,14 +53,15 @@ def calibrate(
         True
     """
     check_model(model)
-    if isinstance(texts, str):
-        raise ConfigError("texts must be a list of texts, not one text.")
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise ConfigError(f"texts must be a list of texts, got {type(texts).__name__}.")
+    _need("pieces", pieces, 1)
+    _need("tokens", tokens, MIN_TOKENS)
     limit = getattr(text_config(model), "max_position_embeddings", None) or tokens
     length = min(tokens, limit)
-    if pieces < 1 or length < MIN_TOKENS:
+    if length < MIN_TOKENS:
         raise ConfigError(
-            f"need pieces >= 1 and tokens >= {MIN_TOKENS}, got pieces={pieces}, tokens={tokens}"
-            f" (of at most {limit} that the model takes)."
+            f"this model takes {limit} tokens at most, but a profile needs {MIN_TOKENS} at a time."
         )
     config = CompressionConfig(codec="exact", rope_page=rope_page)
     chosen = _pieces(tokenizer, texts, length, pieces)
@@ -69,17 +71,23 @@ def calibrate(
     last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # the others cost gigabytes
     model.eval()
     try:
-        for index, ids in enumerate(chosen):
-            report(f"piece {index + 1} of {len(chosen)}, {ids.shape[1]} tokens")
-            cache = DynamicCache(config=text_config(model))
-            compact_layers(cache, model, config, Notices(), collector)
-            model(ids.to(model.device), past_key_values=cache, use_cache=True, **last)
+        with outside_blocks(model):
+            for index, ids in enumerate(chosen):
+                report(f"piece {index + 1} of {len(chosen)}, {ids.shape[1]} tokens")
+                cache = DynamicCache(config=text_config(model))
+                compact_layers(cache, model, config, Notices(), collector)
+                model(ids.to(model.device), past_key_values=cache, use_cache=True, **last)
     finally:
         model.train(training)
     total = sum(ids.shape[1] for ids in chosen)
     profile = collector.profile_of(model, source, total)
     remember_profile(model, profile)
     return profile
+
+
+def _need(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}={value!r}: must be an integer of at least {least}.")
 
 
 def ensure_profile(
@@ -126,6 +134,8 @@ def _pieces(tokenizer: Any, texts: Iterable[str], tokens: int, count: int) -> li
 
 
 def _ids(tokenizer: Any, text: str) -> Tensor:
+    if not isinstance(text, str):
+        raise ConfigError(f"texts must be strings, got {type(text).__name__}.")
     ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids
     return ids
 
@@ -143,14 +153,20 @@ def own_text(
     """Text that the model samples by itself, for calibration without any data.
 
     Reproducible: sampling runs under its own seed and leaves the global generator as it was.
+
+    Raises:
+        ConfigError: an argument out of range, or a tokenizer without a token to start from.
     """
+    _need("pieces", pieces, 1)
+    _need("tokens", tokens, 1)
     limit = getattr(text_config(model), "max_position_embeddings", None) or tokens + 1
     tokens = min(tokens, limit - 1)
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
         raise ConfigError("this tokenizer has no begin or end token to start from: give --text.")
     texts = []
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with outside_blocks(model), torch.random.fork_rng(devices=devices):
         for index in range(pieces):
             report(f"sampling text {index + 1} of {pieces}")
             torch.manual_seed(seed + index)

@@ -54,7 +54,8 @@ def save_profile(profile: Profile, path: str | Path | None = None) -> Path:
         raise ProfileError(
             "not a profile, or it has no layers yet: run a long prompt, or calibrate, first."
         )
-    target = Path(path) if path else default_path(profile.fingerprint, profile.rope_page)
+    default = default_path(profile.fingerprint, profile.rope_page)
+    target = default if path is None else _file(path)
     tensors = {
         f"{index}.{side}.{name}": getattr(getattr(layer, side), name).contiguous()
         for index, layer in profile.layers.items()
@@ -91,7 +92,8 @@ def load_profile(path: str | Path, fingerprint: str | None = None) -> Profile:
         fingerprint: of the model it is for; None accepts any.
 
     Raises:
-        ProfileError: unreadable, damaged, of another version of this package, or another model's.
+        ProfileError: no path, unreadable, damaged, of another version of this package, or another
+            model's.
 
     Example:
         >>> from nexusquant import load_profile
@@ -99,6 +101,7 @@ def load_profile(path: str | Path, fingerprint: str | None = None) -> Profile:
         Traceback (most recent call last):
         nexusquant.errors.ProfileError: no/such/file.safetensors: not a readable profile (...).
     """
+    path = _file(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             header = _header(path, file.metadata())
@@ -127,6 +130,16 @@ def load_profile(path: str | Path, fingerprint: str | None = None) -> Profile:
     return Profile(
         header["fingerprint"], header["rope_page"], header["source"], header["tokens"], layers, True
     )  # fmt: skip
+
+
+def _file(path: str | Path) -> Path:
+    """A path with `~` expanded."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ProfileError(
+            f"a profile is given as a Profile or as the path of its file (str or Path), not as"
+            f" {type(path).__name__}."
+        )
+    return Path(os.path.expanduser(path))  # noqa: PTH111 Path's raises for an unknown ~user
 
 
 def _header(path: str | Path, metadata: dict[str, str] | None) -> dict[str, Any]:

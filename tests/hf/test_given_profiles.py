@@ -16,7 +16,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from nexusquant import NexusCache, ProfileError, nexusquant_evict, save_profile
+from nexusquant import NexusCache, ProfileError, load_profile, nexusquant_evict, save_profile
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.profile import Profile
 from nexusquant.profile_store import default_path
@@ -55,8 +55,10 @@ def test_a_given_profile_is_used_from_the_first_token_on(as_file: bool, tmp_path
     feed(model, cache, prompt(40), 40)
     assert bases(cache) == [{Profiled}] * 3
     with nexusquant_evict(model, profile=str(given) if as_file else given) as run:
+        assert_equal(run.profile, profile)
         out = generate(model, prompt(40), 2)
     assert bases(out.past_key_values) == [{Profiled}] * 3
+    assert_equal(run.profile, profile)
     assert run.stats.compressed_layers == 3
     assert NexusCache(model).profile is None, "given to those caches only"
 
@@ -83,12 +85,41 @@ def test_prompts_write_no_files(user_cache: Path) -> None:
     assert not user_cache.exists()
 
 
-def test_a_damaged_stored_profile_is_named() -> None:
+def enter(model: Any, **settings: Any) -> None:
+    with nexusquant_evict(model, **settings):
+        pytest.fail("complains before anything runs")
+
+
+@pytest.mark.parametrize("use", [NexusCache, enter])
+def test_a_damaged_stored_profile_is_named_and_what_mends_it(use: Any) -> None:
     path = default_path(fingerprint(tiny()), 32)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"nothing of the kind")
-    with pytest.raises(ProfileError, match=path.name):
-        NexusCache(tiny())
+    with pytest.raises(ProfileError, match=rf"{path}: .*delete it, or .*`nexusquant calibrate`"):
+        use(tiny())
+
+
+def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = tiny()
+    path = save_profile(built(model), "~/mine.safetensors")
+    assert path == tmp_path / "mine.safetensors"
+    for given in ("~/mine.safetensors", Path("~/mine.safetensors")):
+        assert NexusCache(model, profile=given).profile is not None
+        with nexusquant_evict(model, profile=given) as run:
+            assert run.profile is not None
+
+
+@pytest.mark.parametrize("given", [{}, [], 3, b"mine.safetensors"], ids=repr)
+def test_what_is_no_profile_at_all(given: Any, foreign: Profile) -> None:
+    message = rf"as a Profile or as the path .*not as {type(given).__name__}"
+    for use in (NexusCache, enter):
+        with pytest.raises(ProfileError, match=message):
+            use(tiny(), profile=given)
+    with pytest.raises(ProfileError, match=message):
+        load_profile(given)
+    with pytest.raises(ProfileError, match=message):
+        save_profile(foreign, given)
 
 
 @pytest.mark.parametrize("as_file", [True, False])

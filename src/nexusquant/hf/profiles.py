@@ -44,7 +44,7 @@ def find_profile(model: nn.Module, rope_page: int, given: ProfileLike = None) ->
     """The profile to use: given, known, or stored in the user's cache directory.
 
     Raises:
-        ProfileError: a given one does not fit the model or the key frame.
+        ProfileError: a given one does not fit the model or the key frame, or one is damaged.
     """
     if given is not None:
         mine = fingerprint(model)
@@ -68,7 +68,13 @@ def find_profile(model: nn.Module, rope_page: int, given: ProfileLike = None) ->
             path = default_path(mine, rope_page)
             if not path.is_file():
                 return None
-            known[rope_page] = load_profile(path, mine)
+            try:
+                known[rope_page] = load_profile(path, mine)
+            except ProfileError as error:
+                raise ProfileError(
+                    f"{error} It is the one that caches of this model use by default: delete it, or"
+                    " build it again with `nexusquant calibrate`."
+                ) from error
         return known[rope_page]
 
 
