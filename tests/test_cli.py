@@ -10,10 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 import nexusquant
-from nexusquant import PRESETS, NexusCache, loading
+from nexusquant import PRESETS, CompressionConfig, NexusCache, load_profile, loading
 from nexusquant.cli import app
 from nexusquant.cli.common import parse_settings
 from nexusquant.errors import ConfigError
+from nexusquant.statistics import MIN_TOKENS
 
 EXACT = ("--set", "codec=exact", "--set", "evict_ratio=0")
 STORY = "the lazy dog packs my box with five dozen liquor jugs. " * 8
@@ -26,7 +27,7 @@ def story(tmp_path: Path) -> Path:
     return file
 
 
-def run(*args: str | Path, stdin: str | None = None) -> tuple[int, str, str]:
+def run(*args: str | Path | int, stdin: str | None = None) -> tuple[int, str, str]:
     """Exit status, stdout and stderr; anything but a deliberate exit is a failure."""
     result = CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
     if result.exception and not isinstance(result.exception, SystemExit):
@@ -208,3 +209,20 @@ def test_evaluate_prints_every_preset_and_refuses_short_texts(folder: Path, stor
     status, _, err = run(*arguments, "--prefix", "100000")
     assert status == 2
     assert "fewer than --prefix 100000" in err
+
+
+def test_calibrate_keeps_a_profile_that_is_found(
+    folder: Path, tmp_path: Path, user_cache: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(STORY * 20)
+    arguments = ("calibrate", folder, "--text", text, "--pieces", "1")
+    for options, page in (((), CompressionConfig.rope_page), (("--rope-page", "8"), 8)):
+        status, out, err = run(*arguments, *options, "--tokens", MIN_TOKENS)
+        assert status == 0, err
+        assert f"2 layers from {MIN_TOKENS} tokens of text.txt" in out
+        (file,) = user_cache.rglob(f"*-page{page}.safetensors")
+        assert load_profile(file).rope_page == page
+    status, _, err = run(*arguments, "--tokens", MIN_TOKENS - 1)
+    assert status == 2
+    assert f"--tokens {MIN_TOKENS - 1}: a profile needs at least {MIN_TOKENS}" in err

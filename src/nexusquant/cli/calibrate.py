@@ -19,11 +19,14 @@ def calibrate(
     self_: Annotated[
         bool, typer.Option("--self", help="Learn from text that the model writes itself.")
     ] = False,
-    tokens: Annotated[int, typer.Option(min=512, help="Tokens per piece of text.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per piece of text.")] = 2048,
     pieces: Annotated[int, typer.Option(min=1, help="Pieces to learn from, at most.")] = 8,
     rope_page: Annotated[
-        int, typer.Option(min=0, help="Key frame, as in the settings it will be used with.")
-    ] = 32,
+        int | None,
+        typer.Option(
+            min=0, help="Key frame, as in the settings it will be used with; default: the presets'."
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File; default: the user's cache folder.")
     ] = None,
@@ -37,11 +40,16 @@ def calibrate(
     """
     from nexusquant.calibration import calibrate as build
     from nexusquant.calibration import own_text
+    from nexusquant.config import CompressionConfig
     from nexusquant.demo import calibration_text
     from nexusquant.loading import load_model
     from nexusquant.profile_store import save_profile
     from nexusquant.progress import progress_steps, quiet_transformers
+    from nexusquant.statistics import MIN_TOKENS
 
+    if tokens < MIN_TOKENS:
+        raise ConfigError(f"--tokens {tokens}: a profile needs at least {MIN_TOKENS}.")
+    page = CompressionConfig.rope_page if rope_page is None else rope_page
     if text and self_:
         raise ConfigError("--text and --self: give one of them.")
     contents = [read(path) for path in text or []]
@@ -56,7 +64,7 @@ def calibrate(
             source = ", ".join(path.name for path in text or []) or "Python language reference"
             contents = contents or [calibration_text()]
         profile = build(
-            network, tokenizer, contents, tokens=tokens, pieces=pieces, rope_page=rope_page,
+            network, tokenizer, contents, tokens=tokens, pieces=pieces, rope_page=page,
             source=source, report=progress.step,
         )  # fmt: skip
         path = save_profile(profile, output)
