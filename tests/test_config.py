@@ -138,6 +138,12 @@ def test_a_bad_field_is_named(name: str, value: Any) -> None:
         CompressionConfig().replace(**{name: value})
 
 
+@pytest.mark.parametrize("shares", [(0,), (1,), 0.2])
+def test_what_tiers_are(shares: Any) -> None:
+    with pytest.raises(ConfigError, match=r"a tuple of .* between 0 and 1 that add up to less"):
+        CompressionConfig(tiers=shares)
+
+
 def test_names_come_with_what_is_allowed() -> None:
     for name, allowed in (
         ("scorer", sorted(SCORERS)),

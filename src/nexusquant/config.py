@@ -127,7 +127,7 @@ class CompressionConfig:
         )
         need(
             shares and len(self.tiers) < 8 and sum(self.tiers) < 1, "tiers",
-            "at most 7 fractions that leave something for the last tier",
+            "a tuple of at most 7 fractions between 0 and 1 that add up to less than 1",
         )  # fmt: skip
         need(number("tier_bits", real) and 0 <= self.tier_bits <= 4, "tier_bits", "from 0 to 4")
         for name in ("sinks", "recent", "rope_page", "seed"):
