@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import StableLmConfig, StableLmForCausalLM
 
-from nexusquant import ConfigError, NexusCache, NonFiniteError
+from nexusquant import ConfigError, NexusCache, NonFiniteError, UnsupportedError, nexusquant_evict
 from nexusquant.scorers import SCORERS
 from tests.hf.models import prompt, tiny
 
@@ -55,6 +56,26 @@ def test_a_failed_pass_is_undone(name: str, first: int, error: BaseException) ->
     assert caches[0].get_seq_length() == 60
     assert caches[0].nbytes == caches[1].nbytes
     assert torch.equal(*(logits(model, cache, ids[:, 60:]) for cache in caches))
+
+
+def stablelm() -> Any:
+    """Gets as far as its attention function without a token; other models fail before."""
+    shape = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return StableLmForCausalLM(StableLmConfig(**shape, **heads)).eval()
+
+
+@pytest.mark.parametrize("build", [tiny, stablelm])
+def test_a_pass_over_no_tokens_is_refused(build: Any) -> None:
+    """By the model or by us, and nothing changes."""
+    model, ids = build(), prompt(80)
+    caches = [NexusCache(model, **SETTINGS) for _ in range(2)]
+    for part in (ids[:, :60], ids[:, 60:]):
+        for use in (caches[0], None):
+            error = pytest.raises((RuntimeError, UnsupportedError), match=r"0 elements|no tokens")
+            with error, nexusquant_evict(model, **SETTINGS):
+                logits(model, use, ids[:, :0])
+        assert torch.equal(*(logits(model, cache, part) for cache in caches))
 
 
 def test_a_refused_pass_is_undone() -> None:

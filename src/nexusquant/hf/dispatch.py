@@ -87,6 +87,8 @@ def _check(
     module: nn.Module, query: Tensor, snapshot: Snapshot, mask: Any, kwargs: dict[str, Any]
 ) -> None:
     """What can never work on a cache that will be compressed."""
+    if not query.shape[2]:
+        raise UnsupportedError("a forward pass over no tokens: give at least one.")
     if module.training and query.requires_grad:
         raise UnsupportedError(
             "no gradient flows through a compressed cache; call model.eval() first, or train"
