@@ -110,9 +110,10 @@ def test_a_pass_with_bad_scores_is_undone(
     ]
     for cache in caches:
         logits(model, cache, ids[:, :40])
-    with monkeypatch.context() as patch, pytest.raises(error, match="scorer 'key_norm'"):
+    with monkeypatch.context() as patch:
         patch.setitem(SCORERS, "key_norm", SimpleNamespace(score=lambda _: scores))
-        logits(model, caches[0], ids[:, 40:])
+        with pytest.raises(error, match="scorer 'key_norm'"):
+            logits(model, caches[0], ids[:, 40:])
     assert torch.equal(*(logits(model, cache, ids[:, 40:]) for cache in caches))
     assert caches[0].nbytes == caches[1].nbytes
 

@@ -46,8 +46,8 @@ def _nexus_attention(
     snapshot: Snapshot = key.snapshot
     layer = snapshot.layer
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer.record_rotary(rotary_of(module), module, snapshot, lambda: _candidates(module))
     _check(module, query, snapshot, attention_mask, kwargs)
+    layer.record_rotary(rotary_of(module), module, snapshot, lambda: _candidates(module))
     if not snapshot.compressed:
         keys, values = snapshot.dense()
         output, weights = original(
