@@ -51,7 +51,7 @@ class CompressionConfig:
         max_tokens: most tokens stored per head and full-attention layer, uncoded tail not counted.
             When a block makes it more, those that the latest queries attend to least are dropped,
             so a generation of any length takes bounded memory. The last `recent` all stay: behind
-            a prompt, where heads have them in different tiers, that may take a few tokens more
+            a prompt, where heads have them in different tiers, that may take some tokens more
             than a limit near `sinks + recent`. None for no limit.
         levels: reconstruction levels of the lattice code, "companded" or "uniform".
         overload: factor on the code's range; above 1 trades granular noise for fewer clipped

@@ -9,12 +9,16 @@ from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -49,7 +53,10 @@ _GEMMA_ROPE = {
 
 
 def tiny(kind: str = "llama", attention: str = "sdpa", seed: int = 0, **changes: Any) -> Any:
-    """A model in eval mode: 3 layers (mistral and gemma3 with sliding windows of 24 tokens)."""
+    """A model in eval mode: 3 layers (mistral and gemma3 with sliding windows of 24 tokens).
+
+    gpt2 and opt have learned positions.
+    """
     torch.manual_seed(seed)
     builders: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         "llama": (LlamaConfig, LlamaForCausalLM, _GQA),
@@ -68,6 +75,8 @@ def tiny(kind: str = "llama", attention: str = "sdpa", seed: int = 0, **changes:
             },
         ),
         "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {"rotary_pct": 0.5}),
+        "gpt2": (GPT2Config, GPT2LMHeadModel, {}),
+        "opt": (OPTConfig, OPTForCausalLM, {"ffn_dim": 64, "word_embed_proj_dim": 64}),
     }
     config_class, model_class, own = builders[kind]
     config = config_class(**{**_SHAPE, **own, **changes})

@@ -13,7 +13,7 @@ from nexusquant.hf import second_pass
 from nexusquant.hf.notices import NexusQuantWarning
 from nexusquant.scorers.base import causal_attention
 from tests.chunks import body_slots
-from tests.hf.models import KINDS, feed, prompt, tiny
+from tests.hf.models import KINDS, feed, left_padded, prompt, tiny
 
 KVZIP = CompressionConfig(codec="exact", evict_ratio=0.5, scorer="kvzip", recent=4)
 
@@ -21,7 +21,7 @@ KVZIP = CompressionConfig(codec="exact", evict_ratio=0.5, scorer="kvzip", recent
 def kept(cache: NexusCache, layer: int) -> list[list[list[int]]]:
     """Slots per row and head."""
     stored = cache.layers[layer].stored
-    return body_slots(stored, cache.layers[layer].batch_size, 2)
+    return body_slots(stored, cache.layers[layer].batch_size, stored.kv_heads)
 
 
 def test_the_tokens_kept_are_those_attended_to_by_a_repetition() -> None:
@@ -75,23 +75,60 @@ def test_nothing_else_remains_of_the_second_pass(kind: str) -> None:
     assert {x.rope.table.length for x in twice.layers if x.rope is not None} <= {93}
 
 
-def test_in_pieces_and_left_padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny()
-    short, long = prompt(40, seed=1), prompt(70, seed=2)
-    ids = torch.cat([torch.nn.functional.pad(short, (30, 0)), long])
-    mask = (torch.arange(70) >= torch.tensor([[30], [0]])).long()
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+def test_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny(), prompt(70, seed=2)
     monkeypatch.setattr(second_pass, "_PIECE", 70)
-    alone = NexusCache(model, KVZIP)
-    feed(model, alone, long, 70)
-    batch = NexusCache(model, KVZIP)
-    model(ids, attention_mask=mask, position_ids=positions, past_key_values=batch)
-    assert kept(batch, 2)[1] == kept(alone, 2)[0]
+    whole = NexusCache(model, KVZIP)
+    feed(model, whole, ids, 70)
     monkeypatch.setattr(second_pass, "_PIECE", 13)
     pieces = NexusCache(model, KVZIP)
-    feed(model, pieces, long, 70)
-    both = set(kept(pieces, 0)[0][0]) & set(kept(alone, 0)[0][0])
+    feed(model, pieces, ids, 70)
+    both = set(kept(pieces, 0)[0][0]) & set(kept(whole, 0)[0][0])
     assert len(both) > 20, "a piece sees only part of the repetition, but the same prompt"
+
+
+@torch.no_grad()
+def test_arguments_by_place_and_one_mask_for_all_rows() -> None:
+    model, (ids, mask) = tiny(), left_padded([70, 40])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    caches = [NexusCache(model, KVZIP) for _ in range(4)]
+    model(ids, attention_mask=mask, position_ids=positions, past_key_values=caches[0])
+    model(ids, mask, positions, caches[1])
+    model(ids, past_key_values=caches[2])
+    model(ids, attention_mask=torch.ones(1, 70), past_key_values=caches[3])
+    assert kept(caches[0], 1) == kept(caches[1], 1)
+    assert kept(caches[2], 1) == kept(caches[3], 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize(("tokens", "left"), [(90, 38), (20, 20)])
+def test_pieces_end_with_the_positions_of_the_model(
+    tokens: int, left: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny(kind, max_position_embeddings=tokens + left), prompt(tokens)
+    near, free = (NexusCache(model, KVZIP, residual_length=8) for _ in range(2))
+    feed(model, near, ids, tokens)
+    monkeypatch.setattr(second_pass, "_PIECE", left)
+    model.config.max_position_embeddings = 1024
+    feed(model, free, ids, tokens)
+    assert all(kept(near, index) == kept(free, index) for index in range(3))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("first", [0, 50])
+@torch.no_grad()
+def test_hardly_any_positions_left(kind: str, first: int) -> None:
+    """Expected attention decides, with one warning; also where the caller says where it ends."""
+    model, ids = tiny(kind, max_position_embeddings=128), prompt(100 - first)
+    positions = torch.arange(first, 100)[None]
+    cache = NexusCache(model, KVZIP, residual_length=8)
+    other = NexusCache(model, cache.config, scorer="expected_attention")
+    with pytest.warns(NexusQuantWarning, match="fewer than 32 of the model's positions"):
+        model(ids, position_ids=positions, past_key_values=cache)
+    model(ids, position_ids=positions, past_key_values=other)
+    for both in (cache, other):  # a second warning would be an error
+        model(prompt(24), position_ids=torch.arange(100, 124)[None], past_key_values=both)
+    assert kept(cache, 1) == kept(other, 1)
 
 
 def test_through_generate() -> None:
@@ -105,13 +142,17 @@ def test_through_generate() -> None:
 
 def test_where_no_second_pass_is_possible() -> None:
     model = tiny()
-    embedded = model.get_input_embeddings()(prompt(80)).detach()
-    cache = NexusCache(model, KVZIP)
-    with pytest.warns(NexusQuantWarning, match="without token ids"):
-        model(inputs_embeds=embedded, past_key_values=cache)
     other = NexusCache(model, KVZIP, scorer="expected_attention")
-    model(inputs_embeds=embedded, past_key_values=other)
-    assert kept(cache, 1) == kept(other, 1)
+    feed(model, other, prompt(80), 80)
+    mask = torch.ones(80, 80, dtype=torch.bool).tril()[None, None]
+    for given, message in (
+        ({"inputs_embeds": model.get_input_embeddings()(prompt(80)).detach()}, "without token ids"),
+        ({"input_ids": prompt(80), "attention_mask": mask}, "mask does not have two dimensions"),
+    ):
+        cache = NexusCache(model, KVZIP)
+        with pytest.warns(NexusQuantWarning, match=message):
+            model(**given, past_key_values=cache)
+        assert kept(cache, 1) == kept(other, 1)
     keys, values = torch.randn(1, 2, 64, 16), torch.randn(1, 2, 64, 16)
     packed = [
         NexusQuantSimple("balanced", scorer=name).encode(keys, values)

@@ -9,7 +9,6 @@ thread that has none (a streaming worker started inside) sees the one entered la
 from __future__ import annotations
 
 import contextvars
-import inspect
 import threading
 import weakref
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from nexusquant.config import CompressionConfig, resolve_config
 from nexusquant.hf.cache import check_model, compact_layers, plain_cache, text_config
 from nexusquant.hf.install import Installation
 from nexusquant.hf.layer import CompactLayer
+from nexusquant.hf.passes import named_arguments
 from nexusquant.hf.profiles import ProfileLike
 from nexusquant.hf.run import Run
 from nexusquant.hf.scoring import Scoring, join, obstacle, run_chunks, too_short
@@ -57,14 +57,6 @@ def outside_blocks(model: nn.Module) -> Iterator[None]:
         _active.reset(token)
 
 
-def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name."""
-    if not args:
-        return dict(kwargs)
-    names = list(inspect.signature(model.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
 def _before(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -76,7 +68,7 @@ def _before(
         run.notices.warn("training with gradients is left uncompressed; call model.eval() first.")
         return None
     _forget_scoring(model)  # an interrupted call leaves its state behind
-    kwargs = _named(model, args, kwargs)
+    kwargs = named_arguments(model, args, kwargs)
     if kwargs.get("labels") is not None and (why := obstacle(model, kwargs)):
         run.notices.warn(f"labels are scored in one pass, against exact keys and values: {why}.")
     elif kwargs.get("labels") is not None and not too_short(kwargs, run.config.residual_length):

@@ -6,6 +6,7 @@ layers with its tokens and some without: the layers it updated are put back as t
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Iterator
@@ -67,6 +68,16 @@ class _Running(threading.local):
 _running = _Running()
 
 
+def named_arguments(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All arguments of a forward call by name."""
+    if not args:
+        return dict(kwargs)
+    names = list(inspect.signature(model.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 def begin(model: nn.Module, args: Any) -> None:
     """Forward pre-hook of the model."""
     stale = _running.end(model)
@@ -84,7 +95,8 @@ def finish(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         return
     try:
         if output is not None:
-            read_again(model, [layer for layer, _ in ended.layers()], args, kwargs)
+            layers = [layer for layer, _ in ended.layers()]
+            read_again(model, layers, named_arguments(model, args, kwargs))
     except BaseException:
         ended.end(failed=True)
         raise

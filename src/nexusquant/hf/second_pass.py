@@ -8,6 +8,7 @@ the piece is taken back, and in the end the waiting tokens are compressed with w
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from nexusquant.hf.tail import Call
 
 _PIECE = 1024  # tokens that are repeated at a time
+_LEAST = 32  # positions that must be left for them
 
 
 def reads_twice(config: CompressionConfig, tokens: int) -> bool:
@@ -36,11 +38,8 @@ def note(layer: CompactLayer, call: Call) -> None:
     """Remember the attention that the waiting tokens of `layer` get from a repeated piece."""
     if layer.waiting is None or layer.tail is None:
         return
-    new = call.query.shape[2]
-    valid = layer.waiting.valid
     most = most_attention(
-        call.query, layer.tail.keys, layer.tail.count - new,
-        None if valid is None else nn.functional.pad(valid, (0, new), value=True),
+        call.query, layer.tail.keys, layer.tail.count - call.query.shape[2], call.valid,
         scaling=call.scaling, softcap=call.softcap,
     )  # fmt: skip
     if layer.waiting.received is not None:
@@ -48,66 +47,83 @@ def note(layer: CompactLayer, call: Call) -> None:
     layer.waiting = replace(layer.waiting, received=most)
 
 
-def read_again(
-    model: nn.Module, layers: list[CompactLayer], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def read_again(model: nn.Module, layers: list[CompactLayer], kwargs: dict[str, Any]) -> None:
     """Finish a forward pass over a prompt: score what waits in `layers` and compress it.
 
     Args:
         layers: those that the pass updated.
-        args, kwargs: of the pass.
+        kwargs: all arguments of the pass.
     """
     waiting = [layer for layer in layers if layer.waiting is not None and not layer.repeating]
     if not waiting:
         return
-    cache, ids = kwargs.get("past_key_values"), args[0] if args else kwargs.get("input_ids")
-    obstacle = _obstacle(cache, layers, ids)
+    left = _positions_left(model, layers, kwargs.get("position_ids"))
+    obstacle = _obstacle(layers, kwargs, left)
     if obstacle:
         waiting[0].notices.warn(
             f"scorer='kvzip' cannot read this prompt a second time ({obstacle}); expected attention"
             " decides instead."
         )
     else:
-        assert isinstance(ids, Tensor)
-        _repeat(model, layers, cache, ids, kwargs)
+        _repeat(model, layers, kwargs, min(_PIECE, left))
     for layer in waiting:
         layer.compress_waiting()
 
 
-def _obstacle(cache: Any, layers: list[CompactLayer], ids: Any) -> str | None:
+def _positions_left(model: nn.Module, layers: list[CompactLayer], positions: Any) -> int:
+    """Positions behind the prompt that the model was made for; a repeated piece takes as many."""
+    config: Any = model.config
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    given = isinstance(positions, Tensor)
+    return (limit or sys.maxsize) - (int(positions.max()) + 1 if given else layers[0].length)
+
+
+def _obstacle(layers: list[CompactLayer], kwargs: dict[str, Any], left: int) -> str | None:
+    cache, ids, mask = (kwargs.get(x) for x in ("past_key_values", "input_ids", "attention_mask"))
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         return "it came without token ids"
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        return "its attention mask does not have two dimensions"
     if cache is None or len(layers) != len(cache.layers):
         return "some of the model's layers cannot be rolled back"
+    if left < min(_LEAST, ids.shape[1]):
+        return f"fewer than {_LEAST} of the model's positions are left behind it"
     return None
 
 
 @torch.no_grad()
 def _repeat(
-    model: nn.Module,
-    layers: list[CompactLayer],
-    cache: Any,
-    ids: Tensor,
-    kwargs: dict[str, Any],
+    model: nn.Module, layers: list[CompactLayer], kwargs: dict[str, Any], size: int
 ) -> None:
-    settings: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    """Run the prompt again in pieces of at most `size` tokens, each right behind the prompt.
+
+    Padding moves behind its row's tokens, which thus are where they are when the row is alone.
+    """
+    ids, mask, positions = (kwargs.get(x) for x in ("input_ids", "attention_mask", "position_ids"))
+    assert isinstance(ids, Tensor)
+    settings: dict[str, Any] = {"past_key_values": kwargs["past_key_values"], "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         settings["logits_to_keep"] = 1
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if mask is not None:
+        mask = mask.expand(len(ids), -1)
+        own = mask[:, -ids.shape[1] :]
+        if isinstance(positions, Tensor):
+            positions = torch.where(own != 0, positions, 0)
+        order = (own == 0).long().argsort(dim=1, stable=True)
+        ids, own = ids.gather(1, order), own.gather(1, order)
     for layer in layers:
         layer.repeating = True
     try:
-        for piece in ids.split(_PIECE, dim=1):
-            count = piece.shape[1]
+        for start in range(0, ids.shape[1], size):
+            piece = ids[:, start : start + size]
             if mask is not None:
-                settings["attention_mask"] = nn.functional.pad(mask, (0, count), value=1)
+                settings["attention_mask"] = torch.cat([mask, own[:, start : start + size]], 1)
             if isinstance(positions, Tensor):
-                ahead = torch.arange(1, count + 1, device=positions.device)
+                ahead = torch.arange(1, piece.shape[1] + 1, device=positions.device)
                 settings["position_ids"] = positions.amax(-1, keepdim=True) + ahead
             model(piece, **settings)
             for layer in layers:
-                layer.take_back(count)
+                layer.take_back(piece.shape[1])
     finally:
         for layer in layers:
             layer.repeating = False

@@ -227,7 +227,7 @@ class RopeTable:
         if last.positions is None:
             return None
         ahead = torch.arange(1, count + 1, device=last.positions.device)
-        cos, sin = last.cos_sin(last.positions.max(-1, keepdim=True).values + ahead)
+        cos, sin = last.cos_sin(last.positions[:, -1:] + ahead)
         cos, sin = (t.mean(1, keepdim=True).expand(-1, dim, -1)[:, None] for t in (cos, sin))
         basis = torch.eye(dim, dtype=torch.float32, device=cos.device).expand(len(cos), 1, dim, dim)
         return rotate(self.apply, basis, cos, sin, inverse=False)[:, 0].mT
