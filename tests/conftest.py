@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from nexusquant import scorers
 from tests.tiny_checkpoint import save_folder, tiny_model
 
 
@@ -52,6 +53,12 @@ def model() -> LlamaForCausalLM:
 def input_ids() -> Tensor:
     """(1, 200) words of that model."""
     return torch.randint(2, 320, (1, 200), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def own_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scorers registered by this test are gone after it."""
+    monkeypatch.setattr(scorers, "SCORERS", dict(scorers.SCORERS))
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ def names() -> dict[str, Any]:
     return {"model": model, "tokenizer": tokenizer, "input_ids": ids}
 
 
+@pytest.mark.usefixtures("own_scorers")
 @pytest.mark.parametrize("test", TESTS, ids=lambda test: test.name)
 def test_example(test: doctest.DocTest, names: dict[str, Any]) -> None:
     skipped = [e.lineno for e in test.examples if e.options.get(doctest.SKIP)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.tiny_checkpoint import tiny_model, tiny_tokenizer
@@ -12,6 +13,7 @@ from tests.tiny_checkpoint import tiny_model, tiny_tokenizer
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.usefixtures("own_scorers")
 def test_every_python_block_of_the_readme_runs(capsys):
     tokenizer = tiny_tokenizer()
     text = "the quick brown fox jumps over the lazy dog " * 12

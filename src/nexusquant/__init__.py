@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nexusquant.hf.cache import NexusCache
     from nexusquant.hf.context import nexusquant_evict
     from nexusquant.profile_store import load_profile, save_profile
+    from nexusquant.scorers import register_scorer
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "evaluate",
     "load_profile",
     "nexusquant_evict",
+    "register_scorer",
     "save_profile",
 ]
 
@@ -52,6 +54,7 @@ _HOMES = {
     "calibrate": "calibration",
     "load_profile": "profile_store",
     "nexusquant_evict": "hf.context",
+    "register_scorer": "scorers",
     "save_profile": "profile_store",
 }
 

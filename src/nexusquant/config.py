@@ -22,7 +22,8 @@ class CompressionConfig:
     Args:
         evict_ratio: fraction of the tokens dropped from each compressed chunk, in [0, 1), as far as
             `recent` allows.
-        scorer: importance score that decides which tokens are dropped (`nexusquant.scorers`).
+        scorer: importance score that decides which tokens are dropped, by name: one of
+            `nexusquant.scorers` or of your own (`register_scorer`).
         per_head: every KV head keeps its own tokens; False keeps the same tokens in all heads.
         head_safeguard: share of its even budget that each KV head is certain of, in (0, 1]; the
             rest of a layer's budget goes to the heads whose tokens score highest (AdaKV, Feng et
@@ -106,7 +107,7 @@ class CompressionConfig:
         need(
             isinstance(self.scorer, str) and self.scorer in SCORERS,
             "scorer",
-            "one of " + ", ".join(sorted(SCORERS)),
+            "one of " + ", ".join(sorted(SCORERS)) + " (register_scorer adds others)",
         )
         need(isinstance(self.per_head, bool), "per_head", "True or False")
         safe = number("head_safeguard", real) and 0 < self.head_safeguard <= 1

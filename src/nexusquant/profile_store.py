@@ -136,7 +136,7 @@ def _file(path: str | Path) -> Path:
     """A path with `~` expanded."""
     if not isinstance(path, (str, os.PathLike)):
         raise ProfileError(
-            f"a profile is given as a Profile or as the path of its file (str or Path), not as"
+            "a profile is given as a Profile or as the path of its file (str or Path), not as"
             f" {type(path).__name__}."
         )
     return Path(os.path.expanduser(path))  # noqa: PTH111 Path's raises for an unknown ~user

@@ -61,7 +61,7 @@ def test_a_failed_pass_is_undone(name: str, first: int, error: BaseException) ->
 def stablelm() -> Any:
     """Gets as far as its attention function without a token; other models fail before."""
     shape = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
     return StableLmForCausalLM(StableLmConfig(**shape, **heads)).eval()
 
 

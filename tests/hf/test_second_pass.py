@@ -8,9 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from nexusquant import CompressionConfig, NexusCache, NexusQuantSimple, nexusquant_evict
+from nexusquant import (
+    CompressionConfig,
+    NexusCache,
+    NexusQuantSimple,
+    nexusquant_evict,
+    register_scorer,
+)
 from nexusquant.hf import second_pass
 from nexusquant.hf.notices import NexusQuantWarning
+from nexusquant.scorers import ScoreInputs
 from nexusquant.scorers.base import causal_attention
 from tests.chunks import body_slots
 from tests.hf.models import KINDS, feed, left_padded, prompt, tiny
@@ -138,6 +145,28 @@ def test_through_generate() -> None:
     assert out.shape[1] == 105
     assert run.stats.tokens == 104
     assert run.stats.kept_tokens == pytest.approx(84)
+
+
+class Received:
+    """What kvzip does."""
+
+    second_pass = True
+
+    def score(self, inputs: ScoreInputs) -> Tensor:
+        return inputs.keys[..., 0] if inputs.received is None else inputs.received
+
+
+@pytest.mark.usefixtures("own_scorers")
+def test_registered_scorers_may_ask_for_a_second_pass() -> None:
+    register_scorer("received", Received())
+    model, caches = tiny(), []
+    for scorer in ("kvzip", "received"):
+        caches.append(NexusCache(model, KVZIP, scorer=scorer))
+        feed(model, caches[-1], prompt(60), 60)
+    assert kept(caches[0], 1) == kept(caches[1], 1)
+    embedded = model.get_input_embeddings()(prompt(80)).detach()
+    with pytest.warns(NexusQuantWarning, match="scorer='received' asks for a second pass"):
+        model(inputs_embeds=embedded, past_key_values=NexusCache(model, KVZIP, scorer="received"))
 
 
 def test_where_no_second_pass_is_possible() -> None:

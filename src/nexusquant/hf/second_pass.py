@@ -61,8 +61,8 @@ def read_again(model: nn.Module, layers: list[CompactLayer], kwargs: dict[str, A
     obstacle = _obstacle(layers, kwargs, left)
     if obstacle:
         waiting[0].notices.warn(
-            f"scorer='kvzip' cannot read this prompt a second time ({obstacle}); expected attention"
-            " decides instead."
+            f"scorer={waiting[0].config.scorer!r} asks for a second pass over the prompt, which is"
+            f" not possible ({obstacle}); it scores without."
         )
     else:
         _repeat(model, layers, kwargs, min(_PIECE, left))

@@ -99,15 +99,15 @@ class Scorer(Protocol):
 def checked_scores(scores: object, inputs: ScoreInputs, name: str) -> Tensor:
     """What the scorer `name` returned for `inputs`, in fp32 where the keys are.
 
-    Raises ConfigError for anything but a floating-point tensor of `Scorer.score`'s shape,
-    NonFiniteError if a valid token's score is NaN or infinite.
+    Raises ConfigError for anything but a real tensor of `Scorer.score`'s shape, NonFiniteError if a
+    valid token's score is NaN or infinite.
     """
     shape = tuple(inputs.keys.shape[:3])
     given = type(scores).__name__
     if isinstance(scores, Tensor):
         given = f"{scores.dtype} {tuple(scores.shape)}"
-    if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != shape:
-        raise ConfigError(f"scorer {name!r} must return floating-point {shape}, got {given}")
+    if not isinstance(scores, Tensor) or scores.is_complex() or scores.shape != shape:
+        raise ConfigError(f"scorer {name!r} must return a tensor of {shape}, got {given}")
     scores = scores.to(inputs.keys.device, torch.float32)
     bad = int((~torch.isfinite(scores) & inputs.valid_mask()[:, None]).sum())
     if bad:
