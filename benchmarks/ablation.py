@@ -72,7 +72,7 @@ class EqualBytes(Nexus):
                 key_bits=max(config.key_bits + more, 0.05),
                 value_bits=max(config.value_bits + more, 0.05),
             )
-        return Prefilled(cache, bits, "measured" if self.stage.coding is nullcontext else "counted")
+        return Prefilled(cache, bits, "counted" if self.stage.spared(cache) else "measured")
 
 
 def ablation(profiles: Profiles, original: Any = None) -> list[Competitor]:
@@ -137,10 +137,24 @@ def unweighted_values() -> Iterator[None]:
 def no_gains() -> Iterator[None]:
     """Every vector is coded at the sequence's scale."""
 
-    def one(rms: Tensor) -> Tensor:
-        return torch.full_like(rms, _GAIN_OF_ONE, dtype=torch.uint8)
+    def one(quantizer: Any, y: Tensor) -> Tensor:
+        return y.new_full(y.shape[:-1], _GAIN_OF_ONE, dtype=torch.uint8)
 
-    with patch("nexusquant.quantizer.encode_gain", one):
+    with patch("nexusquant.quantizer.Quantizer._gains", one):
+        yield
+
+
+@contextmanager
+def gains_of_size() -> Iterator[None]:
+    """The gain is the vector's size, whatever that clips."""
+    with patch("nexusquant.quantizer._STEPS", 0):
+        yield
+
+
+@contextmanager
+def tokens_alike() -> Iterator[None]:
+    """All tokens count the same in the covariances."""
+    with patch("nexusquant.hf.profiles.CALIBRATION", replace(CALIBRATION, attended=0.0)):
         yield
 
 
@@ -163,6 +177,7 @@ CODING = (
     Stage("transform", "KLT, no metrics", statistics=unit_metrics),
     Stage("metric", "all queries alike", statistics=uniform_queries),
     Stage("metric", "output unknown", statistics=unknown_output),
+    Stage("covariance", "all tokens alike", statistics=tokens_alike),
     Stage("frame", "RoPE removed (page 1)", page=1),
     Stage("frame", "page 8", page=8),
     Stage("frame", "page 128", page=128),
@@ -177,6 +192,7 @@ CODING = (
     Stage("tiers", "half a bit apart", {"tier_bits": 0.5}),
     Stage("tiers", "1.5 bits apart", {"tier_bits": 1.5}),
     Stage("gains", "none", coding=no_gains, spared=gains_of),
+    Stage("gains", "by size alone", coding=gains_of_size),
     Stage("levels", "uniform", {"levels": "uniform"}),
     Stage("levels", "range x 0.8", {"overload": 0.8}),
     Stage("levels", "range x 1.25", {"overload": 1.25}),

@@ -15,7 +15,9 @@ from nexusquant.math.rope import KeyFrame, RopeTable, Span
 from nexusquant.statistics import LayerStatistics, OutputSide, Sampling, layer_statistics
 
 DIM, VALUE_DIM, HIDDEN = 16, 8, 20
-EVERYTHING = Sampling(queries=10_000, asked=1, keys=10_000, pages=10_000, influence=0.25)
+EVERYTHING = Sampling(
+    queries=10_000, asked=1, keys=10_000, pages=10_000, influence=0.25, attended=0.3
+)
 
 
 def frame_of(page: int, positions: Tensor, scaling: float = 1.0) -> KeyFrame:
@@ -63,7 +65,7 @@ class Case:
         return x[self.row, head, index - self.keys.shape[2]].double()
 
     def inverse_residual(self, index: int) -> float:
-        if self.output.residual is None:
+        if self.output.residual is None or self.output.projection is None:
             return 1.0
         row = self.output.residual[self.row, index - self.keys.shape[2]]
         return 1 / float(row.double().square().sum())
@@ -95,6 +97,7 @@ class Case:
 def case(
     tokens: int = 40, *, kv_heads: int = 2, group: int = 1, page: int = 32, batch: int = 1,
     q_len: int | None = None, project: bool = True, residual: bool = True, yarn: float = 1.0,
+    added: float | None = None,
     **more: Any,
 ) -> Case:  # fmt: skip
     """Few enough queries that none is left out."""
@@ -115,6 +118,7 @@ def case(
         torch.randn(batch, tokens, HIDDEN) * torch.rand(batch, tokens, 1).exp()
         if residual
         else None,
+        added,
     )
     return Case(keys, values, queries, frame_of(page, positions, yarn), output=output, **more)
 
@@ -126,7 +130,8 @@ def check(one: Case) -> LayerStatistics:
     group, share = heads // kv_heads, one.sampling.influence
     metric = torch.zeros(2, kv_heads, DIM, DIM).double()  # by influence, over all pairs alike
     gram = torch.zeros(kv_heads, VALUE_DIM, VALUE_DIM).double()
-    key_weight, value_weight = torch.zeros(2, kv_heads).double()
+    key_weight, value_weight = torch.zeros(2, kv_heads, len(one.real)).double()
+    energy = 0.0
     for head in range(heads):
         w = one.projection(head)
         gram[head // group] += w.mT @ w / group
@@ -140,30 +145,37 @@ def check(one: Case) -> LayerStatistics:
         weights = logits.softmax(0)
         values = torch.stack([one.at(one.values, kv, i) for i in seen])
         inverse, attended = one.inverse_residual(query), weights @ values
+        energy += float(attended @ gram[kv] @ attended) / len(asked)
         body = range(one.skip, len(seen))
         for place in body:
             apart = values[place] - attended
             square = float(weights[place]) ** 2 * inverse / len(asked)
             influence = square * float(apart @ gram[kv] @ apart)
-            value_weight[kv] += square
-            key_weight[kv] += influence
+            value_weight[kv, place] += square
+            key_weight[kv, place] += influence
             turned = leaving[seen[place]].mT @ q
             metric[0, kv] += influence * torch.outer(turned, turned)
             metric[1, kv] += torch.outer(turned, turned) / len(body) / group / len(asked)
-    metric[0] /= key_weight[:, None, None]
+    metric[0] /= key_weight.sum(-1)[:, None, None]
+    unit = energy / (one.output.added or 1)
+    if one.output.complete and one.output.added is None:
+        unit = 1.0
     expected = one.scaling**2 * (share * metric[0] + (1 - share) * metric[1])
-    close(found.key.weight, key_weight)
-    close(found.value.weight, value_weight)
     close(found.value.metric, gram)
     close(found.key.metric, expected)
-    inverses = [one.inverse_residual(i) for i in asked]
-    assert float(found.inverse_residual) == pytest.approx(sum(inverses) / len(asked), rel=1e-4)
-    for moments, x in (
-        (found.key, one.inside(one.keys)),
-        (found.value, one.values[one.row][:, one.real[one.skip :]]),
+    inverses = sum(one.inverse_residual(i) for i in asked) / len(asked)
+    assert float(found.inverse_residual) == pytest.approx(inverses / unit, rel=1e-3)
+    values = one.values[one.row][:, one.real[one.skip :]]
+    for moments, x, weight in (
+        (found.key, one.inside(one.keys), key_weight),
+        (found.value, values, value_weight),
     ):
+        close(moments.weight, weight.sum(-1) / unit)
         close(moments.mean, x.double().mean(1))
-        close(moments.covariance, torch.stack([v.double().mT.cov(correction=0) for v in x]))
+        each = weight[:, one.skip :] / weight.sum(-1, keepdim=True) * one.sampling.attended
+        each += (1 - one.sampling.attended) / x.shape[1]
+        centred = x.double() - x.double().mean(1, keepdim=True)
+        close(moments.covariance, torch.einsum("hn,hni,hnj->hij", each, centred, centred))
     return found
 
 

@@ -51,7 +51,7 @@ def test_rows_take_the_same_bytes(
 def test_without_gains_all_have_one_size_and_are_not_charged(
     prompt: Prompt, profiles: Profiles
 ) -> None:
-    (stage,) = (one for one in CODING if one.stage == "gains")
+    (stage,) = (one for one in CODING if one.name == "none" and one.stage == "gains")
     found = row(stage, Target(), profiles).prefill(prompt)
     codes = {
         code

@@ -106,16 +106,17 @@ def test_preset_ratios_at_1536_tokens(quality, ratio):
     assert NexusQuantSimple(quality).encode(keys, values).compression_ratio >= ratio
 
 
-@pytest.mark.parametrize(("bits", "bound"), [(2, 0.98), (3, 0.92), (4, 0.85)])
+@pytest.mark.parametrize(("bits", "bound"), [(2, 0.9), (3, 0.9), (4, 0.98)])
 def test_presets_clip_outliers_less_than_gaussian_optimal_levels(bits, bound):
     """Coordinates of real caches have heavy tails; Laplace stands in for them (docs/results)."""
     uniform = torch.rand(1, 1, 4000, 64) - 0.5
     keys = -uniform.sign() * torch.log1p(-2 * uniform.abs())
+    outliers = keys.abs() > 5 * keys.std()
     error = {}
     for name, overload in (("preset", 1.0), ("optimal", 1 / HEADROOM[bits])):
         settings = {"key_bits": bits, "transform": "identity", "tiers": ()}
         codec = NexusQuantSimple("lossless", **settings, overload=overload)
         decoded = codec.decode(codec.encode(keys, keys))[0]
-        error[name] = (decoded - keys).square().mean().item()
+        error[name] = (decoded - keys)[outliers].square().mean().item()
     assert {config.overload for config in PRESETS.values()} == {1.0}
     assert error["preset"] < bound * error["optimal"]

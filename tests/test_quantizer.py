@@ -43,6 +43,20 @@ def profile(heads: int, dim: int) -> Profile:
     return Profile("f", 0, "test", 1, {3: LayerProfile(side(), side())}, True)
 
 
+def gain_of(q: Quantizer, v: Tensor, rates: Tensor) -> float:
+    """The size of v (coded coordinates), or what up to six codes more make cheaper in all, where
+    clipping costs more than all granular noise: in units of which both are counted."""
+    tables = [levels(int(b), q.levels, q.overload * HEADROOM[int(b)]) for b in rates]
+    reach = torch.stack([table[-1] for table in tables])
+    unit = torch.tensor(DISTORTION)[rates]
+    code = int(encode_gain(v.square().mean().sqrt().float()))
+    gains = decode_gain(torch.arange(code, min(code + 6, 15) + 1)).tolist()
+    clipped = [float(((v.abs() - reach * g).clamp(min=0) ** 2 / unit).sum()) for g in gains]
+    if clipped[0] <= len(v) * gains[0] ** 2:
+        return gains[0]
+    return min(zip(clipped, gains, strict=True), key=lambda x: x[0] + len(v) * x[1] ** 2)[1]
+
+
 def reference(q: Quantizer, x: Tensor, matrix: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     """T((x - m) / s) / g to the nearest codeword and back, group by group, in float64."""
     y = ((x.double() - mean) / scale) @ matrix.double().mT
@@ -52,8 +66,8 @@ def reference(q: Quantizer, x: Tensor, matrix: Tensor, mean: Tensor, scale: Tens
         if not spots:
             continue
         own = torch.cat([y[:, head, :, spot] for spot in spots], -1)
-        rms = own.square().mean(-1, keepdim=True).sqrt()
-        gain = decode_gain(encode_gain(rms.float())).double()
+        used = torch.tensor([bits for bits in rates if bits]).repeat_interleave(8)
+        gain = torch.tensor([[gain_of(q, v, used) for v in row] for row in own])[..., None].double()
         for spot, bits in zip(spots, filter(None, rates), strict=True):
             table = levels(bits, q.levels, q.overload * HEADROOM[bits]).double()
             unit = y[:, head, :, spot] / gain
@@ -78,7 +92,7 @@ def check(q: Quantizer, x: Tensor, centre: Centre, expected: Tensor) -> None:
 @pytest.mark.parametrize("transform", ["hadamard", "identity"])
 @pytest.mark.parametrize("kind", ["companded", "uniform"])
 @pytest.mark.parametrize("bits", [1, 2, 5, 8])
-@pytest.mark.parametrize("overload", [1.0, 1.4])
+@pytest.mark.parametrize("overload", [0.9, 1.4])  # 1.0 meets a tie at 8 bits
 def test_encoding_is_the_definition(transform: str, kind: str, bits: int, overload: float) -> None:
     q = quantizer(3, 40, bits, transform, levels=kind, overload=overload)
     x = torch.randn(2, 3, 17, 40) * torch.rand(2, 3, 17, 1) * 30 + torch.randn(40)
@@ -158,6 +172,20 @@ def test_error_stays_near_the_gaussian_figure_at_every_size(bits: int) -> None:
         assert float(error) < excess * DISTORTION[bits]
 
 
+@pytest.mark.parametrize(("bits", "less"), [(4, 0.3), (8, 0.05)])
+def test_a_vector_with_one_large_coordinate_gets_the_gain_it_needs(
+    bits: int, less: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, x = quantizer(2, 256, bits, "identity"), torch.randn(1, 2, 50, 256)
+    x[:, :, ::5, 3] = 40.0
+    check(q, x, PLAIN, reference(q, x, torch.eye(256)[None], 0.0, 1.0))
+    large, error = x[:, :, ::5], []
+    for steps in (6, 0):
+        monkeypatch.setattr("nexusquant.quantizer._STEPS", steps)
+        error.append((q.decode(*q.encode(large, PLAIN), PLAIN) - large).square().mean())
+    assert error[0] < less * error[1]
+
+
 def test_the_error_of_sums_follows_from_the_sum_of_coordinates() -> None:
     """What attention relies on: leaving code space once, after weights that add to 1."""
     q, x = quantizer(), torch.randn(2, 2, 7, 64)
@@ -175,7 +203,7 @@ def test_hadamard_beats_identity_where_one_channel_dominates() -> None:
     for name in ("hadamard", "identity"):
         q = quantizer(transform=name)
         error[name] = (q.decode(*q.encode(x, PLAIN), PLAIN) - x).square().mean()
-    assert error["hadamard"] < 0.25 * error["identity"]
+    assert error["hadamard"] < 0.35 * error["identity"]
 
 
 def test_vectors_at_the_mean_keep_only_the_smallest_gains_noise() -> None:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from nexusquant.errors import NonFiniteError
 from nexusquant.layout import RowLayout
-from nexusquant.math.e8 import GROUP, HEADROOM, E8Code
-from nexusquant.math.gains import LIMIT, decode_gain, encode_gain
+from nexusquant.math.e8 import DISTORTION, GROUP, HEADROOM, E8Code
+from nexusquant.math.gains import GAINS, LIMIT, decode_gain, encode_gain
 from nexusquant.math.transform import orthonormal
 from nexusquant.profile import Profile
+
+_STEPS = 6  # gains tried above a vector's size: two octaves
 
 
 class Basis(Protocol):
@@ -133,7 +135,12 @@ class Quantizer:
         if centre.scale is not None:
             y = y / self._own(centre.scale).float()
         y = y @ self._own(self.basis.forward(x.device)).mT
-        stored = self.layout.stored(x.device).repeat_interleave(GROUP, -1).float()
+        gains = self._gains(y)
+        return self.layout.encode(y / decode_gain(gains)[..., None], self.codes), gains
+
+    def _gains(self, y: Tensor) -> Tensor:
+        """Gain codes (b, h, t) of vectors in code space: their RMS, unless that clips too much."""
+        stored = self.layout.stored(y.device).repeat_interleave(GROUP, -1).float()
         count = stored.sum(-1, keepdim=True).clamp(min=1)
         rms = ((y.square() * stored[:, None]).sum(-1) / count).sqrt()
         if not bool((rms <= LIMIT).all()):
@@ -144,7 +151,27 @@ class Quantizer:
                 " inputs, or use codec='exact'."
             )
         gains = encode_gain(rms)
-        return self.layout.encode(y / decode_gain(gains)[..., None], self.codes), gains
+        reach, price = self._clipping(y.device)
+        clipped = _clipped(y, decode_gain(gains), reach[:, None], price[:, None])
+        batch, head, token = (clipped > count * decode_gain(gains).square()).nonzero(as_tuple=True)
+        if len(head):
+            few = y[batch, head, token]
+            gains[batch, head, token] = _best_gain(
+                few, gains[batch, head, token], reach[head], price[head], count[head, 0]
+            )
+        return gains
+
+    def _clipping(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(heads, dim) largest level of every coordinate, and what squared error beyond it costs.
+
+        The allocation gives bits where distortion costs most, so that it costs the same everywhere:
+        the unit is the granular noise of a coordinate.
+        """
+        rates = torch.tensor(self.layout.rates)
+        reach, price = torch.zeros(2, len(DISTORTION))
+        for bits, code in self.codes.items():
+            reach[bits], price[bits] = code.levels()[-1], 1 / DISTORTION[bits]
+        return tuple(x[rates].repeat_interleave(GROUP, -1).to(device) for x in (reach, price))
 
     def coordinates(self, rows: Tensor, gains: Tensor) -> Tensor:
         """Decoded but still in code space, (batch, heads, tokens, dim) fp32."""
@@ -169,3 +196,21 @@ class Quantizer:
     def decode(self, rows: Tensor, gains: Tensor, centre: Centre) -> Tensor:
         """Inverse of `encode` up to the code's distortion. (batch, heads, tokens, dim) fp32."""
         return self.leave(self.coordinates(rows, gains), centre)
+
+
+def _clipped(y: Tensor, gain: Tensor, reach: Tensor, price: Tensor) -> Tensor:
+    """What clipping costs vectors y (..., dim) coded with `gain` (...)."""
+    beyond = (y.abs() - reach * gain[..., None]).clamp(min=0)
+    return (beyond.square() * price).sum(-1)
+
+
+def _best_gain(y: Tensor, codes: Tensor, reach: Tensor, price: Tensor, count: Tensor) -> Tensor:
+    """The code, from `codes` (n,) up, with which clipping and granular noise of y (n, dim) cost
+    least; reach and price (n, dim), count (n,) coded coordinates."""
+    best, least = codes, torch.full_like(count, torch.inf)
+    for step in range(_STEPS + 1):
+        tried = (codes + step).clamp(max=GAINS - 1)
+        gain = decode_gain(tried)
+        cost = _clipped(y, gain, reach, price) + count * gain.square()
+        best, least = torch.where(cost < least, tried, best), torch.minimum(cost, least)
+    return best

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nexusquant.math.e8 import GROUP
-from nexusquant.math.klt import weighted_klt
 from nexusquant.math.rope import KeyFrame
-from nexusquant.profile import LayerProfile, Side
+from nexusquant.moments import Moments
+from nexusquant.profile import SIDES, LayerProfile
 
 MIN_TOKENS = 448
 """Tokens that a profile needs at least (docs/results: KL against the length it was built from). A
@@ -40,6 +39,7 @@ class Sampling:
         keys: keys and values, evenly spaced, that the covariances are of at least.
         pages: pages of keys, evenly spaced, that the key metric looks at.
         influence: share of influence in the key metric.
+        attended: share of attention in the covariances.
     """
 
     queries: int
@@ -47,12 +47,13 @@ class Sampling:
     keys: int
     pages: int
     influence: float
+    attended: float
 
 
-PREFILL = Sampling(queries=256, asked=8, keys=768, pages=8, influence=0.25)
+PREFILL = Sampling(queries=256, asked=8, keys=768, pages=8, influence=0.25, attended=0.5)
 """In passing: cheap, and careful with the influence of the few queries asked."""
 
-CALIBRATION = Sampling(queries=512, asked=2, keys=1 << 20, pages=16, influence=0.5)
+CALIBRATION = Sampling(queries=512, asked=2, keys=1 << 20, pages=16, influence=0.5, attended=0.5)
 """When there is time."""
 
 
@@ -60,14 +61,23 @@ CALIBRATION = Sampling(queries=512, asked=2, keys=1 << 20, pages=16, influence=0
 class OutputSide:
     """What a layer's attention output goes through and into.
 
+    Unless both are known, errors are relative to the attention output itself.
+
     Attributes:
-        projection: (hidden, query_heads x value_dim) weight of the output projection, None if it
-            cannot be read.
+        projection: (hidden, query_heads x value_dim) weight of the output projection, with that of
+            a norm behind it; None if it cannot be read.
         residual: (batch, tokens, hidden) residual stream of the chunk, None if unknown.
+        added: squared norm of what is added to the stream, where a norm sets it.
     """
 
     projection: Tensor | None = None
     residual: Tensor | None = None
+    added: float | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether projection and residual stream are known."""
+        return self.projection is not None and self.residual is not None
 
 
 @dataclass(frozen=True)
@@ -87,44 +97,19 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class _Moments:
-    """First and second moments of one side: mean (heads, dim), covariance and metric (h, d, d)."""
-
-    mean: Tensor
-    covariance: Tensor
-    metric: Tensor
-    weight: Tensor
-
-    def side(self) -> Side:
-        """Transform, variances, and the scaling of every group to unit variance."""
-        transform, inverse, spectrum = weighted_klt(self.covariance, self.metric)
-        variance = spectrum.unflatten(-1, (-1, GROUP)).mean(-1)
-        floor = variance.amax(-1, keepdim=True).clamp(min=1e-20) * 1e-9
-        deviation = variance.clamp(min=floor).sqrt().repeat_interleave(GROUP, -1)
-        return Side(
-            transform / deviation[..., None], inverse * deviation[..., None, :], self.mean,
-            variance, self.weight,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
 class LayerStatistics:
     """What a layer's profile is computed from; of several texts, the average of each."""
 
-    key: _Moments
-    value: _Moments
+    key: Moments
+    value: Moments
     inverse_residual: Tensor
 
     @staticmethod
     def mean(parts: list[LayerStatistics]) -> LayerStatistics:
         """The average over texts, each counting the same."""
-
-        def average(side: str) -> _Moments:
-            fields = zip(*(vars(getattr(part, side)).values() for part in parts), strict=True)
-            return _Moments(*(torch.stack(column).mean(0) for column in fields))
-
+        key, value = (Moments.average([getattr(part, side) for part in parts]) for side in SIDES)
         inverse = torch.stack([part.inverse_residual for part in parts]).mean(0)
-        return LayerStatistics(average("key"), average("value"), inverse)
+        return LayerStatistics(key, value, inverse)
 
     def profile(self) -> LayerProfile:
         """The transforms. Kept on the CPU: devices get their copies when they need them."""
@@ -169,11 +154,20 @@ def layer_statistics(
         gram = (weight.mT @ weight).unflatten(0, (kv_heads, -1)).mean(1)
     attention = _influence(sample, gram, scaling, softcap)
     key_metric = _key_metric(sample, attention.share, frame) * scaling**2
+    plain = output.complete and output.added is None
+    unit = 1.0 if plain else attention.energy.clamp(min=1e-12) / (output.added or 1.0)
+    some, attended = sample.some, sampling.attended
     return LayerStatistics(
-        _moments(sample.framed, key_metric, attention.key_weight),
-        _moments(sample.values[:, sample.some], gram, attention.value_weight),
-        sample.inverse_residual.mean(),
-    )
+        Moments.of(
+            sample.framed, key_metric, attention.key_weight / unit,
+            attention.share.sum((1, 2))[:, some], attended,
+        ),
+        Moments.of(
+            sample.values[:, some], gram, attention.value_weight.sum(-1) / unit,
+            attention.value_weight[:, some], attended,
+        ),
+        sample.inverse_residual.mean() / unit,
+    )  # fmt: skip
 
 
 def _sample(
@@ -198,9 +192,8 @@ def _sample(
     count = min(max(sampling.queries // group, sampling.queries // 4), len(real) - first)
     at = torch.linspace(first, len(real) - 1, count, device=keys.device).round().long()
     chosen = queries[row][:, real[at] - (tokens - q_len)].float()
-    if output.residual is None:
-        inverse = torch.ones(count, device=keys.device)
-    else:
+    inverse = torch.ones(count, device=keys.device)
+    if output.complete and output.residual is not None:
         stream = output.residual[row, real[at] - tokens].float()
         inverse = 1 / stream.square().sum(-1).clamp(min=1e-12)
     mine, its = keys[row], values[row]
@@ -218,7 +211,8 @@ def _sample(
 class _Influence:
     share: Tensor  # (kv_heads, group, asked, n): of a pair in all influence; sums to 1 per head
     key_weight: Tensor  # (kv_heads,)
-    value_weight: Tensor
+    value_weight: Tensor  # (kv_heads, n)
+    energy: Tensor  # (), squared norm of the attention output
 
 
 def _influence(sample: Sample, gram: Tensor, scaling: float, softcap: float | None) -> _Influence:
@@ -231,7 +225,7 @@ def _influence(sample: Sample, gram: Tensor, scaling: float, softcap: float | No
     hidden = torch.arange(tokens, device=gram.device) > sample.query_at[asked, None]
     queries = sample.queries[:, asked].unflatten(0, (kv_heads, -1)) * scaling
     inverse = sample.inverse_residual[asked, None]
-    shares, key_weight, value_weight = [], [], []
+    shares, key_weight, value_weight, energy = [], [], [], []
     for head in range(kv_heads):
         logits = queries[head] @ sample.keys[head].mT  # (group, asked, n)
         if softcap is not None:
@@ -240,15 +234,20 @@ def _influence(sample: Sample, gram: Tensor, scaling: float, softcap: float | No
         values = sample.values[head] @ root[head]
         mean = weight @ values
         distance = (mean @ values.mT).mul_(-2).add_(values.square().sum(-1))
-        distance.add_(mean.square().sum(-1, keepdim=True)).clamp_(min=0)
+        size = mean.square().sum(-1, keepdim=True)
+        energy.append(size.mean(1).sum())
+        distance.add_(size).clamp_(min=0)
         square = weight.square_().mul_(inverse)
         square[..., : sample.skip] = 0
-        value_weight.append(square.sum(-1).mean(1).sum())
+        value_weight.append(square.mean(1).sum(0))
         influence = square.mul_(distance)
         total = influence.sum()
         key_weight.append(total / influence.shape[1])
         shares.append(influence / total.clamp(min=1e-30))
-    return _Influence(torch.stack(shares), torch.stack(key_weight), torch.stack(value_weight))
+    return _Influence(
+        torch.stack(shares), torch.stack(key_weight), torch.stack(value_weight),
+        torch.stack(energy).sum(),
+    )  # fmt: skip
 
 
 def _key_metric(sample: Sample, influence: Tensor, frame: KeyFrame) -> Tensor:
@@ -280,10 +279,3 @@ def _key_metric(sample: Sample, influence: Tensor, frame: KeyFrame) -> Tensor:
         moments = turn.mT @ moments @ turn
     metric = moments.sum(1) / share.sum((1, 2))[:, None, None].clamp(min=1e-30)
     return (metric + metric.mT) / 2
-
-
-def _moments(x: Tensor, metric: Tensor, weight: Tensor) -> _Moments:
-    """x (kv_heads, n, dim) fp32."""
-    mean = x.mean(1, keepdim=True)
-    centred = x - mean
-    return _Moments(mean[:, 0], centred.mT @ centred / x.shape[1], metric, weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -114,6 +115,29 @@ def test_sliding_layers_stay_bounded_and_right_far_beyond_the_window(kind: str) 
                     most = max(most, layer.stored.count + layer.tail.keys.shape[2])
         # window + what waits for its block + what waits to be worth a copy
         assert WINDOW - 1 <= most <= WINDOW - 1 + 8 + 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "rates"),
+    [
+        ("gemma3", 100, [2, 2, 2]),
+        ("gemma3", 200, [2.5, 2, 2.5]),
+        ("gemma3", 400, [3, 2, 3]),
+        ("mistral", 400, [2, 2, 2]),
+    ],
+)
+def test_bits_are_cheap_where_few_tokens_are_held(
+    kind: str, tokens: int, rates: list[float]
+) -> None:
+    """In sliding layers, unless all layers are."""
+    model = tiny(kind, sliding_window=100)
+    cache = NexusCache(model, CompressionConfig(tiers=()))
+    feed(model, cache, prompt(tokens), tokens)
+    feed(model, cache, prompt(300), 300)  # what was begun goes on
+    for layer, rate in zip(cache.layers, rates, strict=True):
+        (part,) = layer.stored.body
+        for quantizer in (part.key_quantizer, part.value_quantizer):
+            assert mean(bits for head in quantizer.layout.rates for bits in head) == rate
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

@@ -51,21 +51,63 @@ def assert_projects(weight: Tensor | None, layer: nn.Module, width: int) -> None
 def test_linear_and_conv1d_of_any_shape(name: str, width: int, hidden: int, kind: Any) -> None:
     layer = nn.Linear(width, hidden) if kind is nn.Linear else Conv1D(hidden, width)
     nn.init.normal_(layer.bias)
-    side = output_side(Holder(**{name: layer}), width, None)
+    side = output_side(Holder(**{name: layer}), width, None, None)
     assert_projects(side.projection, layer, width)
 
 
 def test_what_cannot_be_read_is_left_out() -> None:
     linear = nn.Linear(64, 48)
-    assert output_side(Holder(), 64, None).projection is None
-    assert output_side(Holder(project=linear), 64, None).projection is None, "unknown name"
-    assert output_side(Holder(o_proj=linear), 40, None).projection is None, "another width"
+    assert output_side(Holder(), 64, None, None).projection is None
+    assert output_side(Holder(project=linear), 64, None, None).projection is None, "unknown name"
+    assert output_side(Holder(o_proj=linear), 40, None, None).projection is None, "another width"
     packed = nn.Linear(64, 48, bias=False)
     packed.weight = nn.Parameter(torch.zeros(64, 24, dtype=torch.uint8), requires_grad=False)
-    assert output_side(Holder(o_proj=packed), 64, None).projection is None, "quantized"
+    assert output_side(Holder(o_proj=packed), 64, None, None).projection is None, "quantized"
     with torch.device("meta"):
         absent = nn.Linear(64, 48)
-    assert output_side(Holder(o_proj=absent), 64, None).projection is None, "offloaded"
+    assert output_side(Holder(o_proj=absent), 64, None, None).projection is None, "offloaded"
+
+
+class RMSNorm(nn.Module):
+    """As Gemma's: the weight counts from 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.square().mean(-1, keepdim=True).rsqrt() * (1 + self.weight)
+
+
+def blocks() -> list[tuple[str, nn.Module]]:
+    norm, before_mlp = RMSNorm(), nn.Identity()
+    return [
+        ("gemma, olmo 2", Holder(post_attention_layernorm=norm, post_feedforward_layernorm=norm)),
+        ("glm 4", Holder(post_self_attn_layernorm=norm, post_attention_layernorm=before_mlp)),
+    ]
+
+
+@pytest.mark.parametrize(("name", "block"), blocks())
+def test_a_norm_behind_the_projection(name: str, block: Any) -> None:
+    linear, stream = nn.Linear(64, 48, bias=False), torch.randn(1, 7, 48)
+    side = output_side(Holder(o_proj=linear), 64, block, stream)
+    norm = getattr(block, "post_self_attn_layernorm", block.post_attention_layernorm)
+    assert side.projection is not None
+    assert side.complete
+    with torch.no_grad():
+        x = torch.randn(5, 64)
+        size = linear(x).square().mean(-1, keepdim=True).sqrt()
+        torch.testing.assert_close(x @ side.projection.mT / size, norm(linear(x)))
+    assert side.added == pytest.approx(float((1 + norm.weight.detach()).square().sum()))
+
+
+def test_other_norms() -> None:
+    linear, stream = nn.Linear(64, 48), torch.randn(1, 7, 48)
+    before_mlp = Holder(post_attention_layernorm=RMSNorm())
+    assert output_side(Holder(o_proj=linear), 64, before_mlp, stream).added is None
+    unread = Holder(post_self_attn_layernorm=nn.LayerNorm(48))
+    side = output_side(Holder(o_proj=linear), 64, unread, stream)
+    assert not side.complete, "errors are relative to what goes into it"
 
 
 class Seen:
@@ -74,8 +116,8 @@ class Seen:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sides: list[tuple[nn.Module, OutputSide]] = []
 
-        def note(module: nn.Module, width: int, residual: Tensor | None) -> OutputSide:
-            self.sides.append((module, output_side(module, width, residual)))
+        def note(module: nn.Module, *rest: Any) -> OutputSide:
+            self.sides.append((module, output_side(module, *rest)))
             return self.sides[-1][1]
 
         monkeypatch.setattr(dispatch, "output_side", note)

@@ -52,14 +52,14 @@ def compact_layers(
     """Swap the attention layers of an empty `DynamicCache` for compact ones, in place."""
     lease = Lease(model)
     layers = cache.layers or plain_cache(model).layers
-    book = RopeBook()
+    book, mixed = RopeBook(), any(type(layer) is DynamicLayer for layer in layers)
     swapped: list[Any] = []
     kept: dict[str, int] = {}
     for index, layer in enumerate(layers):
         if type(layer) is DynamicLayer:
             new: Any = CompactLayer(config, index, notices)
         elif type(layer) is DynamicSlidingWindowLayer:
-            new = CompactSlidingLayer(config, index, notices, layer.sliding_window)
+            new = CompactSlidingLayer(config, index, notices, layer.sliding_window, mixed)
         else:
             kept[type(layer).__name__] = kept.get(type(layer).__name__, 0) + 1
             swapped.append(layer)

@@ -14,7 +14,7 @@ from nexusquant.attention import Mask, attend
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.handle import KVHandle, Snapshot
 from nexusquant.hf.output_side import output_side
-from nexusquant.hf.passes import residual_of, rotary_of
+from nexusquant.hf.passes import current_block, rotary_of
 from nexusquant.hf.rope_tables import rotary_frequencies
 from nexusquant.hf.tail import Call
 from nexusquant.math.rope import Frequencies
@@ -70,7 +70,7 @@ def _nexus_attention(
     width = query.shape[1] * snapshot.tail_values.shape[-1]
     call = Call(
         query.detach(), valid, scale, kwargs.get("softcap"),
-        lambda: output_side(module, width, residual_of(query.shape[2])),
+        lambda: output_side(module, width, *current_block(query.shape[2])),
     )  # fmt: skip
     layer.absorb(call)
     return output, weights

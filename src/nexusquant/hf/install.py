@@ -23,7 +23,7 @@ from nexusquant.hf.dispatch import (
     make_dispatcher,
     model_of,
 )
-from nexusquant.hf.passes import begin, finish, remember_residual, remember_rotary
+from nexusquant.hf.passes import begin, finish, remember_block, remember_rotary
 
 
 class _EagerName(str):
@@ -122,7 +122,7 @@ def _hook_attention(model: nn.Module) -> list[Any]:
             model_of[module] = weakref.ref(model)
             handles.append(module.register_forward_pre_hook(remember_rotary, with_kwargs=True))
             parent = model.get_submodule(name.rpartition(".")[0])
-            handles.append(parent.register_forward_pre_hook(remember_residual, with_kwargs=True))
+            handles.append(parent.register_forward_pre_hook(remember_block, with_kwargs=True))
     return handles
 
 

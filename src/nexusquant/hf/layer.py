@@ -48,8 +48,7 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         self.profiles: ProfileBook | None = None
         self.lease: Lease | None = None
         self.rope: LayerRope | None = None
-        self.record_past = False
-        self.exact = False
+        self.record_past = self.exact = False
         self.reached = False  # by our attention function
         self.reset()
 
@@ -114,22 +113,21 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
             tail = self.tail.append(key_states, value_states)
         self.tail = tail.detached()
         self.length += key_states.shape[-2]
-        snapshot = Snapshot(
-            self, self.stored, tail.keys, tail.values, self.tail_start, key_states.shape[-2],
-            first_column,
-        )  # fmt: skip
+        snapshot = self._snapshot(tail, key_states.shape[-2], first_column)
         return KVHandle(snapshot, 0), KVHandle(snapshot, 1)
+
+    def _snapshot(self, tail: Tail, new: int, first_column: int) -> Snapshot:
+        return Snapshot(
+            self, self.stored, tail.keys, tail.values, self.tail_start, new, first_column
+        )
 
     def get_seq_length(self) -> int:
         """Logical length: positions and masks are built from it."""
         return self.length
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """(columns, first column) of the attention mask: columns are slots.
-
-        Early 5.x passes the positions of the queries instead of their number.
-        """
-        first = self.first_visible
+        """(columns, first column) of the attention mask: columns are slots."""
+        first = self.first_visible  # early 5.x passes the positions instead of their number:
         new = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.length - first + new, first
 
@@ -163,13 +161,14 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
     def _peek(self, which: int) -> Tensor | None:
         if not getattr(self, "is_initialized", False) or self.tail is None:
             return None
-        snapshot = Snapshot(
-            self, self.stored, self.tail.keys, self.tail.values, self.tail_start, 0,
-            self.first_visible,
-        )  # fmt: skip
-        return KVHandle(snapshot, which)
+        return KVHandle(self._snapshot(self.tail, 0, self.first_visible), which)
 
     # -- what our attention function asks for
+
+    @property
+    def planned(self) -> CompressionConfig:
+        """The config that its first tokens are coded with, which later ones follow."""
+        return self.config
 
     def frame(self) -> KeyFrame:
         """Coordinates that this layer's keys are coded in, with this forward's rows."""
@@ -209,7 +208,7 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         self._compress(call)
 
     def _compress(self, call: Call) -> None:
-        tail, config = self.tail, self.config
+        tail, config = self.tail, self.planned
         if tail is None:
             return
         real = tail.count if call.valid is None else int(call.valid.sum(-1).max())

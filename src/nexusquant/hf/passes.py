@@ -53,7 +53,7 @@ class _Running(threading.local):
 
     def __init__(self) -> None:
         self.rotary: tuple[int | None, RotaryCall | None] = None, None
-        self.residual: torch.Tensor | None = None
+        self.block: tuple[nn.Module | None, torch.Tensor | None] = None, None
         self.passes: list[_Pass] = []
 
     def end(self, model: nn.Module) -> _Pass | None:
@@ -82,14 +82,14 @@ def begin(model: nn.Module, args: Any) -> None:
     """Forward pre-hook of the model."""
     stale = _running.end(model)
     if stale is not None:  # it never finished: a KeyboardInterrupt skips forward hooks
-        _running.residual = None
+        _running.block = None, None
         stale.end(failed=True)
     _running.passes.append(_Pass(id(model)))
 
 
 def finish(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     """Forward hook of the model; after an exception the output is None."""
-    _running.rotary, _running.residual = (None, None), None
+    _running.rotary, _running.block = (None, None), (None, None)
     ended = _running.end(model)
     if ended is None:
         return
@@ -121,17 +121,17 @@ def remember_rotary(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Non
         _running.rotary = id(module), None
 
 
-def remember_residual(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def remember_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Pre-hook of decoder layers: the residual stream that comes in."""
     stream = args[0] if args else kwargs.get("hidden_states")
     known = torch.is_tensor(stream) and stream.ndim == 3
-    _running.residual = stream.detach() if known and torch.is_tensor(stream) else None
+    _running.block = module, stream.detach() if known and torch.is_tensor(stream) else None
 
 
-def residual_of(tokens: int) -> torch.Tensor | None:
-    """(batch, tokens, hidden) residual stream of the decoder layer under way, if it is known."""
-    stream = _running.residual
-    return stream if stream is not None and stream.shape[1] == tokens else None
+def current_block(tokens: int) -> tuple[nn.Module | None, torch.Tensor | None]:
+    """The decoder layer under way and its residual stream (batch, tokens, hidden), if known."""
+    block, stream = _running.block
+    return block, stream if stream is not None and stream.shape[1] == tokens else None
 
 
 def rotary_of(module: nn.Module) -> RotaryCall | None:

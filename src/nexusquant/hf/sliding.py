@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
-from nexusquant.config import CompressionConfig
+from nexusquant.config import MAX_BITS, CompressionConfig
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.tail import Call
@@ -15,14 +16,20 @@ class CompactSlidingLayer(CompactLayer):
 
     Args:
         sliding_window: tokens a query sees, its own included.
+        mixed: the model has full-attention layers, too.
     """
 
     is_sliding = True
 
     def __init__(
-        self, config: CompressionConfig, layer_idx: int, notices: Notices, sliding_window: int
+        self,
+        config: CompressionConfig,
+        layer_idx: int,
+        notices: Notices,
+        sliding_window: int,
+        mixed: bool = False,
     ) -> None:
-        self.sliding_window = sliding_window
+        self.sliding_window, self.mixed = sliding_window, mixed
         super().__init__(
             config.replace(evict_ratio=0.0, sinks=0, max_tokens=None), layer_idx, notices
         )
@@ -37,6 +44,21 @@ class CompactSlidingLayer(CompactLayer):
     def first_visible(self) -> int:
         """First slot that the next query can see."""
         return max(self.length - self.sliding_window + 1, 0)
+
+    @property
+    def planned(self) -> CompressionConfig:
+        """With more bits where others hold more tokens: the same damage for fewer bytes.
+
+        What a bit buys is 4^-bits, what it costs the tokens held, so the best rates differ by
+        log2(tokens held there / here) / 2; in quarters, as every rate has its own allocation.
+        """
+        if not self.mixed:
+            return self.config
+        more = round(2 * math.log2(max(self.length / self.sliding_window, 1))) / 4
+        return self.config.replace(
+            key_bits=min(self.config.key_bits + more, MAX_BITS),
+            value_bits=min(self.config.value_bits + more, MAX_BITS),
+        )
 
     def _compress(self, call: Call) -> None:
         first = self.first_visible

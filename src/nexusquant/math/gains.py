@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _OCTAVES = (*(k / 3 - 2 for k in range(12)), 2.25, 3.0, 4.25, 6.5)
+GAINS = len(_OCTAVES)
 LIMIT = 128.0
 """Largest RMS, relative to the sequence's, that has a code."""
 

@@ -1,0 +1,57 @@
+"""First and second moments of one layer's keys or values, from which its transforms follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nexusquant.math.e8 import GROUP
+from nexusquant.math.klt import weighted_klt
+from nexusquant.profile import Side
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Per KV head: mean (heads, dim), covariance and metric (heads, dim, dim), weight (heads,)."""
+
+    mean: Tensor
+    covariance: Tensor
+    metric: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(
+        cls, x: Tensor, metric: Tensor, weight: Tensor, attention: Tensor, attended: float
+    ) -> Moments:
+        """Moments of x (heads, n, dim) fp32.
+
+        Args:
+            attention: (heads, n), how much error in each vector matters, in any unit.
+            attended: share of it in the covariance; otherwise all vectors count the same. The few
+                that everybody attends to may be unlike all others.
+        """
+        mean = x.mean(1, keepdim=True)
+        centred = x - mean
+        attention = attention / attention.sum(-1, keepdim=True).clamp(min=1e-30)
+        each = (1 - attended) / x.shape[1] + attended * attention
+        covariance = (centred * each[..., None]).mT @ centred
+        return cls(mean[:, 0], (covariance + covariance.mT) / 2, metric, weight)
+
+    @classmethod
+    def average(cls, parts: list[Moments]) -> Moments:
+        """Of several texts, each counting the same."""
+        fields = zip(*(vars(part).values() for part in parts), strict=True)
+        return cls(*(torch.stack(column).mean(0) for column in fields))
+
+    def side(self) -> Side:
+        """Transform, variances, and the scaling of every group to unit variance."""
+        transform, inverse, spectrum = weighted_klt(self.covariance, self.metric)
+        variance = spectrum.unflatten(-1, (-1, GROUP)).mean(-1)
+        floor = variance.amax(-1, keepdim=True).clamp(min=1e-20) * 1e-9
+        deviation = variance.clamp(min=floor).sqrt().repeat_interleave(GROUP, -1)
+        return Side(
+            transform / deviation[..., None], inverse * deviation[..., None, :], self.mean,
+            variance, self.weight,
+        )  # fmt: skip
