@@ -127,6 +127,17 @@ def uniform_queries() -> Iterator[None]:
 
 
 @contextmanager
+def incoherent() -> Iterator[None]:
+    """Groups without bits are thought of as independent noise in every token."""
+
+    def ones(moments: Any, transform: Tensor, variance: Tensor) -> Tensor:
+        return torch.ones_like(variance)
+
+    with patch("nexusquant.moments.Moments._coherence", ones):
+        yield
+
+
+@contextmanager
 def unweighted_values() -> Iterator[None]:
     """The measured factor between the two sides left out."""
     with patch("nexusquant.profile.VALUE_SHARE", 1.0):
@@ -182,6 +193,7 @@ CODING = (
     Stage("frame", "page 8", page=8),
     Stage("frame", "page 128", page=128),
     Stage("frame", "post-RoPE (page 0)", page=0),
+    Stage("allocation", "all error is noise", statistics=incoherent),
     Stage("allocation", "keys and values apart", apart(1.4, 1.4)),
     Stage("allocation", "all groups alike", {"allocation": "uniform"}),
     Stage("K/V split", "no factor on values", coding=unweighted_values),

@@ -68,7 +68,8 @@ def profiled_part(index: Tensor, heads: int, dim: int, value_dim: int) -> CodedT
     for width in (dim, value_dim):
         forward, mean = torch.randn(heads, width, width), torch.randn(heads, width)
         forward = torch.eye(width) + 0.1 * forward
-        unused = torch.ones(heads, width // 8), torch.ones(heads)
+        groups = torch.ones(heads, width // 8)
+        unused = groups, torch.ones(heads), groups
         sides.append(Side(forward, forward.inverse(), 3 * mean, *unused))
     profile = Profile("f", 0, "test", 1, {0: LayerProfile(*sides)}, True)
     for name, width in (("key", dim), ("value", value_dim)):

@@ -131,11 +131,12 @@ def check(one: Case) -> LayerStatistics:
     metric = torch.zeros(2, kv_heads, DIM, DIM).double()  # by influence, over all pairs alike
     gram = torch.zeros(kv_heads, VALUE_DIM, VALUE_DIM).double()
     key_weight, value_weight = torch.zeros(2, kv_heads, len(one.real)).double()
-    energy = 0.0
+    energy, added = 0.0, torch.zeros_like(gram)
     for head in range(heads):
         w = one.projection(head)
         gram[head // group] += w.mT @ w / group
     leaving = {i: one.leaving(i) for i in one.real}
+    centre = one.values[one.row][:, one.real[one.skip :]].double().mean(1)
     for head, query in itertools.product(range(heads), asked):
         kv, q = head // group, one.at(one.queries, head, query)
         seen = [i for i in one.real if i <= query]
@@ -147,6 +148,9 @@ def check(one: Case) -> LayerStatistics:
         inverse, attended = one.inverse_residual(query), weights @ values
         energy += float(attended @ gram[kv] @ attended) / len(asked)
         body = range(one.skip, len(seen))
+        centred = values[one.skip :] - centre[kv]
+        mine = (weights[one.skip :, None] * centred).sum(0)
+        added[kv] += torch.outer(mine, mine) * inverse / len(asked)
         for place in body:
             apart = values[place] - attended
             square = float(weights[place]) ** 2 * inverse / len(asked)
@@ -162,6 +166,8 @@ def check(one: Case) -> LayerStatistics:
         unit = 1.0
     expected = one.scaling**2 * (share * metric[0] + (1 - share) * metric[1])
     close(found.value.metric, gram)
+    close(found.value.added, added / unit)
+    assert not found.key.added.any()
     close(found.key.metric, expected)
     inverses = sum(one.inverse_residual(i) for i in asked) / len(asked)
     assert float(found.inverse_residual) == pytest.approx(inverses / unit, rel=1e-3)

@@ -32,9 +32,10 @@ PLAIN = Budget(2.0, 2.0, True, (1.0,), (1.0,))
 def side(heads: int, dim: int, weight: float = 1.0) -> Side:
     variance = torch.rand(heads, dim // 8).exp().pow(4).sort(descending=True).values
     forward = torch.randn(heads, dim, dim)
+    coherence = 1 + torch.rand(heads, dim // 8).sort(descending=True).values
     return Side(
         forward, forward.inverse(), torch.randn(heads, dim), variance,
-        weight * torch.rand(heads).exp().pow(5),
+        weight * torch.rand(heads).exp().pow(5), coherence,
     )  # fmt: skip
 
 
@@ -68,11 +69,12 @@ def test_costs_head_by_head() -> None:
         one.costs(shared), (one.key, one.value), (1.0, one.inverse_residual), (0.03, 0.4),
         (1.0, VALUE_SHARE), strict=True,
     ):  # fmt: skip
-        assert got.shape == (2, 4)
+        assert got.shape == (2, 4, 2)
         for head, group in itertools.product(range(2), range(4)):
             weight = math.sqrt(float(part.weight[head]) * factor * mean)
             expected = share * weight * float(part.variance[head, group])
-            assert float(got[head, group]) == pytest.approx(expected, rel=1e-5)
+            more = expected * (float(part.coherence[head, group]) - 1)
+            assert got[head, group].tolist() == pytest.approx([expected, more], rel=1e-4)
 
 
 def test_shared_weights_are_geometric_means_over_all_heads() -> None:
@@ -138,11 +140,11 @@ def test_layouts_are_one_allocation_over_everything(joint: bool) -> None:
     layers = [layer(1.0, 9.0), layer(4.0, 1.0, (64, 16)), layer(0.1, 0.2)]
     known, budget = profile(*layers), Budget(2.5, 1.5, joint, TIERS, (16.0, 4.0, 1.0))
     shared = Shared.of(layers)
-    entries: dict[str, list[tuple[int, int, int, float]]] = {"key": [], "value": []}
+    entries: dict[str, list[tuple[int, int, int, list[float]]]] = {"key": [], "value": []}
     for at, one in known.layers.items():
         for name, cost in zip(("key", "value"), one.costs(shared), strict=True):
-            for head, group in itertools.product(*map(range, cost.shape)):
-                entries[name].append((at, head, group, float(cost[head, group])))
+            for head, group in itertools.product(*map(range, cost.shape[:2])):
+                entries[name].append((at, head, group, cost[head, group].tolist()))
     both = [("key", x) for x in entries["key"]] + [("value", x) for x in entries["value"]]
     mean = (2.5 * len(entries["key"]) + 1.5 * len(entries["value"])) / len(both)
     batches = [(both, mean)]
@@ -153,7 +155,8 @@ def test_layouts_are_one_allocation_over_everything(joint: bool) -> None:
         ]
     for batch, bits in batches:
         costs = torch.tensor([x[1][3] for x in batch])
-        expected = allocate(costs * torch.tensor([[16.0], [4.0], [1.0]]), torch.tensor(TIERS), bits)
+        factors = torch.tensor([16.0, 4.0, 1.0])[:, None, None]
+        expected = allocate(costs * factors, torch.tensor(TIERS), bits)
         for i, (name, (at, head, group, _)) in enumerate(batch):
             got = rates(known.layouts(at, budget), ("key", "value").index(name))
             assert got[:, head, group].tolist() == expected[:, i].tolist()
@@ -229,7 +232,7 @@ def test_devices_get_one_copy_each() -> None:
 def test_bytes_are_those_of_all_tensors() -> None:
     known = profile(layer(), layer(dims=(64, 16)))
     dims = [32, 32, 64, 16]
-    floats = sum(2 * (2 * dim * dim + dim + dim // 8 + 1) for dim in dims)
+    floats = sum(2 * (2 * dim * dim + dim + 2 * (dim // 8) + 1) for dim in dims)
     assert known.nbytes == 4 * floats
     assert Profile("abc", 32, "test", 0).nbytes == 0
 

@@ -26,7 +26,7 @@ Edit = Callable[[dict[str, Tensor], dict[str, Any]], None]
 def side(heads: int, dim: int) -> Side:
     return Side(
         torch.randn(heads, dim, dim), torch.randn(heads, dim, dim), torch.randn(heads, dim),
-        torch.rand(heads, dim // 8), torch.rand(heads),
+        torch.rand(heads, dim // 8), torch.rand(heads), 1 + torch.rand(heads, dim // 8),
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def profile(heads: int, dim: int) -> Profile:
         forward = torch.eye(dim) * 2 + 0.2 * torch.randn(heads, dim, dim)
         return Side(
             forward, forward.double().inverse().float(), torch.randn(heads, dim) * 5,
-            torch.ones(heads, dim // 8), torch.ones(heads),
+            torch.ones(heads, dim // 8), torch.ones(heads), torch.ones(heads, dim // 8),
         )  # fmt: skip
 
     return Profile("f", 0, "test", 1, {3: LayerProfile(side(), side())}, True)

@@ -211,6 +211,9 @@ def test_a_profile_whitens_what_it_was_built_from(dtype: torch.dtype) -> None:
             y @ side.inverse.mT + side.mean[:, None], x, rtol=1e-3, atol=2e-3
         )
         assert (side.variance.diff(dim=-1) <= 0).all()
+        added = (side.forward @ moments.added @ side.forward.mT).diagonal(dim1=1, dim2=2)
+        coherence = added.unflatten(-1, (-1, 8)).mean(-1) / side.weight[:, None]
+        torch.testing.assert_close(side.coherence, coherence.clamp(min=1), rtol=1e-3, atol=1e-3)
         # Unit noise in code space costs what the variances say, in the ridged metric.
         ridge = RIDGE * moments.metric.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
         metric = moments.metric + ridge * torch.eye(x.shape[-1])

@@ -14,16 +14,28 @@ from nexusquant.profile import Side
 
 @dataclass(frozen=True)
 class Moments:
-    """Per KV head: mean (heads, dim), covariance and metric (heads, dim, dim), weight (heads,)."""
+    """Per KV head: mean (heads, dim), covariance and metric (heads, dim, dim), weight (heads,).
+
+    Attributes:
+        added: (heads, dim, dim) second moment of what the vectors add to the attention output, 0
+            where they add up to nothing of interest (keys).
+    """
 
     mean: Tensor
     covariance: Tensor
     metric: Tensor
     weight: Tensor
+    added: Tensor
 
     @classmethod
     def of(
-        cls, x: Tensor, metric: Tensor, weight: Tensor, attention: Tensor, attended: float
+        cls,
+        x: Tensor,
+        metric: Tensor,
+        weight: Tensor,
+        attention: Tensor,
+        attended: float,
+        added: Tensor | None = None,
     ) -> Moments:
         """Moments of x (heads, n, dim) fp32.
 
@@ -37,7 +49,8 @@ class Moments:
         attention = attention / attention.sum(-1, keepdim=True).clamp(min=1e-30)
         each = (1 - attended) / x.shape[1] + attended * attention
         covariance = (centred * each[..., None]).mT @ centred
-        return cls(mean[:, 0], (covariance + covariance.mT) / 2, metric, weight)
+        added = torch.zeros_like(metric) if added is None else added
+        return cls(mean[:, 0], (covariance + covariance.mT) / 2, metric, weight, added)
 
     @classmethod
     def average(cls, parts: list[Moments]) -> Moments:
@@ -53,5 +66,11 @@ class Moments:
         deviation = variance.clamp(min=floor).sqrt().repeat_interleave(GROUP, -1)
         return Side(
             transform / deviation[..., None], inverse * deviation[..., None, :], self.mean,
-            variance, self.weight,
+            variance, self.weight, self._coherence(transform, variance.clamp(min=floor)),
         )  # fmt: skip
+
+    def _coherence(self, transform: Tensor, variance: Tensor) -> Tensor:
+        """(heads, groups) >= 1: what groups add to the output over what they would as noise."""
+        added = (transform @ self.added @ transform.mT).diagonal(dim1=-2, dim2=-1)
+        added = added.unflatten(-1, (-1, GROUP)).mean(-1)
+        return (added / (self.weight[:, None] * variance).clamp(min=1e-30)).clamp(min=1.0)

@@ -32,6 +32,8 @@ class Side:
             the transform makes equal in all directions: logits for keys, the norm of the attention
             output for values.
         weight: (kv_heads,) fp32, squared relative error of the residual stream per unit of noise.
+        coherence: (kv_heads, dim / 8) fp32, at least 1: damage of leaving a group uncoded in all
+            tokens over that of independent noise as large.
     """
 
     forward: Tensor
@@ -39,6 +41,7 @@ class Side:
     mean: Tensor
     variance: Tensor
     weight: Tensor
+    coherence: Tensor
 
     def to(self, device: torch.device | str) -> Side:
         """On another device."""
@@ -58,14 +61,19 @@ class LayerProfile:
     inverse_residual: float = 1.0
 
     def costs(self, shared: Shared) -> tuple[Tensor, Tensor]:
-        """(kv_heads, groups) of keys and of values: damage of leaving a group uncoded.
+        """(kv_heads, groups, 2) of keys and of values, as in `allocate`: damage per squared error.
 
         The measured weight of a head is a noisy, prompt-dependent estimate, so it is averaged
         geometrically with what a head of unknown behaviour would get (`Shared`).
         """
         key = (self.key.weight * shared.key).sqrt()
         value = (self.value.weight * self.inverse_residual * shared.value).sqrt() * VALUE_SHARE
-        return key[:, None] * self.key.variance, value[:, None] * self.value.variance
+        return _costs(key, self.key), _costs(value, self.value)
+
+
+def _costs(weight: Tensor, side: Side) -> Tensor:
+    apart = weight[:, None] * side.variance
+    return torch.stack([apart, apart * (side.coherence - 1)], -1)
 
 
 VALUE_SHARE = 0.6
@@ -111,8 +119,8 @@ class Budget:
     factors: tuple[float, ...]
 
     def split(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Costs of all groups, (n,) each, to rates (tiers, n)."""
-        factors, shares = torch.tensor(self.factors)[:, None], torch.tensor(self.shares)
+        """Costs of all groups, (n, 2) each, to rates (tiers, n)."""
+        factors, shares = torch.tensor(self.factors)[:, None, None], torch.tensor(self.shares)
         if not self.joint:
             return (
                 allocate(factors * keys, shares, self.key_bits),
@@ -127,13 +135,13 @@ class Budget:
         """[layer][tier] -> layouts of keys and values, all layers from one budget.
 
         Args:
-            costs: per layer, (heads, groups) of keys and of values. Layers may differ in both.
+            costs: per layer, (heads, groups, 2) of keys and of values. Layers may differ in both.
         """
-        columns = [[side[i].flatten() for side in costs] for i in (0, 1)]
+        columns = [[side[i].flatten(0, 1) for side in costs] for i in (0, 1)]
         both = self.split(*(torch.cat(column) for column in columns))
         per_side = [
             [
-                [RowLayout(_tuples(tier)) for tier in piece.unflatten(-1, side[i].shape)]
+                [RowLayout(_tuples(tier)) for tier in piece.unflatten(-1, side[i].shape[:2])]
                 for piece, side in zip(
                     rates.split([len(x) for x in columns[i]], -1), costs, strict=True
                 )

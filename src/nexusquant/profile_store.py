@@ -21,8 +21,8 @@ from torch import Tensor
 from nexusquant.errors import ProfileError
 from nexusquant.profile import SIDES, LayerProfile, Profile, Side
 
-FORMAT = 1
-_FIELDS = ("forward", "inverse", "mean", "variance", "weight")
+FORMAT = 2
+_FIELDS = ("forward", "inverse", "mean", "variance", "weight", "coherence")
 
 
 def cache_dir() -> Path:
@@ -171,7 +171,8 @@ def _side(path: str | Path, file: Any, names: set[str], prefix: str) -> Side:
     tensors: list[Tensor] = [file.get_tensor(f"{prefix}.{name}") for name in _FIELDS]
     forward = tensors[0]
     heads, dim = (*forward.shape, 0, 0)[:2]
-    shapes = [(heads, dim, dim), (heads, dim, dim), (heads, dim), (heads, dim // 8), (heads,)]
+    square, groups = (heads, dim, dim), (heads, dim // 8)
+    shapes = [square, square, (heads, dim), groups, (heads,), groups]
     ok = (
         heads > 0
         and dim > 0

@@ -3,7 +3,8 @@
 What noise does, per KV head (metrics are averaged over its query heads, weights summed):
 
   values  o = sum_i a_i v_i, so noise n_i on v_i adds sum_i a_i^2 E|W_O n_i|^2 to the output:
-          metric W_O^T W_O, weight sum_i a_i^2
+          metric W_O^T W_O, weight sum_i a_i^2. What is not coded at all is missing from all values
+          alike and adds up: it costs what it contributes to o, E|W_O sum_i a_i (v_i - mean)|^2
   keys    noise e on a logit moves the output by a_i e |W_O (v_i - o)|: metric E[q q^T] with the
           queries rotated into the keys' frame, weight sum_i a_i^2 |W_O (v_i - o)|^2
 
@@ -164,7 +165,7 @@ def layer_statistics(
         ),
         Moments.of(
             sample.values[:, some], gram, attention.value_weight.sum(-1) / unit,
-            attention.value_weight[:, some], attended,
+            attention.value_weight[:, some], attended, attention.added / unit,
         ),
         sample.inverse_residual.mean() / unit,
     )  # fmt: skip
@@ -213,6 +214,7 @@ class _Influence:
     key_weight: Tensor  # (kv_heads,)
     value_weight: Tensor  # (kv_heads, n)
     energy: Tensor  # (), squared norm of the attention output
+    added: Tensor  # (kv_heads, value_dim, value_dim), second moment of what coded values add to it
 
 
 def _influence(sample: Sample, gram: Tensor, scaling: float, softcap: float | None) -> _Influence:
@@ -225,7 +227,7 @@ def _influence(sample: Sample, gram: Tensor, scaling: float, softcap: float | No
     hidden = torch.arange(tokens, device=gram.device) > sample.query_at[asked, None]
     queries = sample.queries[:, asked].unflatten(0, (kv_heads, -1)) * scaling
     inverse = sample.inverse_residual[asked, None]
-    shares, key_weight, value_weight, energy = [], [], [], []
+    shares, key_weight, value_weight, energy, added = [], [], [], [], []
     for head in range(kv_heads):
         logits = queries[head] @ sample.keys[head].mT  # (group, asked, n)
         if softcap is not None:
@@ -237,8 +239,11 @@ def _influence(sample: Sample, gram: Tensor, scaling: float, softcap: float | No
         size = mean.square().sum(-1, keepdim=True)
         energy.append(size.mean(1).sum())
         distance.add_(size).clamp_(min=0)
+        weight[..., : sample.skip] = 0
+        coded = sample.values[head] - sample.values[head, sample.skip :].mean(0)
+        sums = (weight @ coded * inverse.sqrt()).flatten(0, 1)
+        added.append(sums.mT @ sums / weight.shape[1])
         square = weight.square_().mul_(inverse)
-        square[..., : sample.skip] = 0
         value_weight.append(square.mean(1).sum(0))
         influence = square.mul_(distance)
         total = influence.sum()
@@ -246,7 +251,7 @@ def _influence(sample: Sample, gram: Tensor, scaling: float, softcap: float | No
         shares.append(influence / total.clamp(min=1e-30))
     return _Influence(
         torch.stack(shares), torch.stack(key_weight), torch.stack(value_weight),
-        torch.stack(energy).sum(),
+        torch.stack(energy).sum(), torch.stack(added),
     )  # fmt: skip
 
 
