@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from benchmarks.calibrated import Profiles
+from benchmarks.competitors import Prompt
 from nexusquant import scorers
+from tests.bench_cases import profiles_of, prompt_of
 from tests.tiny_checkpoint import save_folder, tiny_model
 
 
@@ -53,6 +56,18 @@ def model() -> LlamaForCausalLM:
 def input_ids() -> Tensor:
     """(1, 200) words of that model."""
     return torch.randint(2, 320, (1, 200), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def prompt(model: LlamaForCausalLM) -> Prompt:
+    """A prompt of that model, for the tests of benchmarks/."""
+    return prompt_of(model)
+
+
+@pytest.fixture(scope="module")
+def profiles(model: LlamaForCausalLM) -> Profiles:
+    """Its profiles, likewise."""
+    return profiles_of(model)
 
 
 @pytest.fixture

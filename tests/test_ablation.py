@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from benchmarks import ablation
 from benchmarks.ablation import CODING, EVICTION, EqualBytes, Stage, Target, gains_of
@@ -14,17 +13,7 @@ from benchmarks.calibrated import Profiles
 from benchmarks.competitors import Prompt
 from nexusquant import CompressionConfig
 from nexusquant.math.gains import decode_gain
-from tests.bench_cases import DIM, profiles_of, prompt_of
-
-
-@pytest.fixture(scope="module")
-def prompt(model: LlamaForCausalLM) -> Prompt:
-    return prompt_of(model)
-
-
-@pytest.fixture(scope="module")
-def profiles(model: LlamaForCausalLM) -> Profiles:
-    return profiles_of(model)
+from tests.bench_cases import DIM
 
 
 def row(stage: Stage, target: Target, profiles: Profiles) -> EqualBytes:

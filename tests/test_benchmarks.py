@@ -26,21 +26,11 @@ from benchmarks.field import FIELDS, competitors
 from benchmarks.measure import FACT, Reference, prepare
 from benchmarks.original import Original, Package, count_codes, entropy
 from nexusquant import CompressionConfig, NexusCache
-from tests.bench_cases import DIM, HEADS, LAYERS, TEXT, TOKENS, profiles_of, prompt_of
+from tests.bench_cases import DIM, HEADS, LAYERS, TEXT, TOKENS, profiles_of
 from tests.tiny_checkpoint import save_folder, tiny_tokenizer
 
 # Old packages warn while they are imported.
 third_party = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def prompt(model: LlamaForCausalLM) -> Prompt:
-    return prompt_of(model)
-
-
-@pytest.fixture(scope="module")
-def profiles(model: LlamaForCausalLM) -> Profiles:
-    return profiles_of(model)
 
 
 # -- the scalar quantizer

@@ -208,11 +208,11 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         self._compress(call)
 
     def _compress(self, call: Call) -> None:
-        tail, config = self.tail, self.planned
+        tail, config = self.tail, self.config
         if tail is None:
             return
-        real = tail.count if call.valid is None else int(call.valid.sum(-1).max())
-        if self.exact or real < config.residual_length:
+        least = config.residual_length
+        if self.exact or tail.count < least or call.longest(tail.count) < least:
             self.tail = tail.owned()
             return
         many = call.query.shape[2] >= config.residual_length
@@ -226,7 +226,7 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
             alone = 2 * call.query.shape[2] >= self.length  # little else to attend to
             output = call.output if alone else None
             profile = self.profiles.obtain(chunk, frame, config.sinks, output)
-        self.stored = compress(config, self.stored, chunk, frame, profile)
+        self.stored = compress(self.planned, self.stored, chunk, frame, profile)
         if config.max_tokens is not None:
             self.stored = retain(
                 self.stored, config.max_tokens,

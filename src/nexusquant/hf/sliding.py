@@ -52,7 +52,7 @@ class CompactSlidingLayer(CompactLayer):
         What a bit buys is 4^-bits, what it costs the tokens held, so the best rates differ by
         log2(tokens held there / here) / 2; in quarters, as every rate has its own allocation.
         """
-        if not self.mixed:
+        if not self.mixed or self.stored.body:
             return self.config
         more = round(2 * math.log2(max(self.length / self.sliding_window, 1))) / 4
         return self.config.replace(

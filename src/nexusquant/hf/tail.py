@@ -34,6 +34,10 @@ class Call:
     output: Callable[[], OutputSide] | None = None
     received: Tensor | None = None
 
+    def longest(self, count: int) -> int:
+        """Real tokens of the row that has most, in a tail of `count`."""
+        return count if self.valid is None else int(self.valid.sum(-1).max())
+
     def without_last(self, count: int) -> Call:
         """As if the last `count` tokens had not been there."""
         if not count:
