@@ -16,7 +16,8 @@ from benchmarks.calibrated import PAGE, Change, Profiles
 from benchmarks.competitors import Competitor, Nexus, Prefilled, Prompt
 from nexusquant import PRESETS, CompressionConfig, NexusCache
 from nexusquant.profile import Profile
-from nexusquant.statistics import CALIBRATION, OutputSide
+from nexusquant.residual import OutputSide
+from nexusquant.statistics import CALIBRATION
 from nexusquant.tokens import CodedTokens
 
 _TOLERANCE = 0.004  # of the bits

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from nexusquant.math.rope import KeyFrame, RopeTable, Span
-from nexusquant.statistics import LayerStatistics, OutputSide, Sampling, layer_statistics
+from nexusquant.residual import OutputSide
+from nexusquant.statistics import LayerStatistics, Sampling, layer_statistics
 
 DIM, VALUE_DIM, HIDDEN = 16, 8, 20
 EVERYTHING = Sampling(
@@ -74,7 +75,20 @@ class Case:
         """(hidden, value_dim) of one query head."""
         if self.output.projection is None:
             return torch.eye(VALUE_DIM).double()
-        return self.output.projection[:, head * VALUE_DIM : (head + 1) * VALUE_DIM].double()
+        weight = self.output.projection[:, head * VALUE_DIM : (head + 1) * VALUE_DIM].double()
+        return weight * self.channels.sqrt()[:, None]
+
+    @property
+    def channels(self) -> Tensor:
+        """(hidden,) how much a squared error in each counts."""
+        squares = torch.ones(HIDDEN).double()
+        if self.output.readers is not None and self.output.complete:
+            places = torch.tensor(self.asked) - self.keys.shape[2]
+            stream = self.output.residual[self.row, places].double()
+            read = [g.double() for g in self.output.readers]
+            squares = sum(g**2 / ((g * stream) ** 2).sum(-1).mean() for g in read)
+            squares = squares / squares.mean()
+        return squares if self.output.behind is None else squares * self.output.behind.double() ** 2
 
     def leaving(self, index: int) -> Tensor:
         """L with key = L @ key in the frame, (dim, dim), of a chunk index's key."""
@@ -97,7 +111,7 @@ class Case:
 def case(
     tokens: int = 40, *, kv_heads: int = 2, group: int = 1, page: int = 32, batch: int = 1,
     q_len: int | None = None, project: bool = True, residual: bool = True, yarn: float = 1.0,
-    added: float | None = None,
+    behind: bool = False, readers: int = 0,
     **more: Any,
 ) -> Case:  # fmt: skip
     """Few enough queries that none is left out."""
@@ -118,7 +132,8 @@ def case(
         torch.randn(batch, tokens, HIDDEN) * torch.rand(batch, tokens, 1).exp()
         if residual
         else None,
-        added,
+        torch.rand(HIDDEN) + 0.5 if behind else None,
+        torch.rand(readers, HIDDEN) + 0.1 if readers else None,
     )
     return Case(keys, values, queries, frame_of(page, positions, yarn), output=output, **more)
 
@@ -161,8 +176,8 @@ def check(one: Case) -> LayerStatistics:
             metric[0, kv] += influence * torch.outer(turned, turned)
             metric[1, kv] += torch.outer(turned, turned) / len(body) / group / len(asked)
     metric[0] /= key_weight.sum(-1)[:, None, None]
-    unit = energy / (one.output.added or 1)
-    if one.output.complete and one.output.added is None:
+    unit = energy / (1 if one.output.behind is None else float(one.channels.sum()))
+    if one.output.complete and one.output.behind is None:
         unit = 1.0
     expected = one.scaling**2 * (share * metric[0] + (1 - share) * metric[1])
     close(found.value.metric, gram)

@@ -39,7 +39,29 @@ def test_an_unknown_output_side(project: bool, residual: bool) -> None:
 
 
 def test_a_norm_behind_the_output_side_sets_what_is_added() -> None:
-    check(case(group=2, added=7.5))
+    check(case(group=2, behind=True))
+    check(case(group=2, behind=True, residual=False))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_channels_count_as_the_norms_that_read_the_stream_pass_them_on(behind: bool) -> None:
+    check(case(group=2, behind=behind, readers=2))
+    check(case(group=2, behind=behind, readers=1, residual=False))
+
+
+def test_noise_in_a_channel_that_no_norm_reads_is_harmless() -> None:
+    """A huge one, as in Gemma 3: without its norms, nothing else would count."""
+    one = case(readers=2)
+    output = one.output
+    assert output.residual is not None
+    assert output.projection is not None
+    assert output.readers is not None
+    output.residual[..., 3] *= 1e4
+    output.readers[:, 3] = 0
+    mute = output.projection.clone()
+    mute[3] = 0
+    silent = replace(one, output=replace(output, projection=mute)).statistics()
+    close(one.statistics().value.metric, silent.value.metric)
 
 
 @pytest.mark.parametrize("page", [0, 32])

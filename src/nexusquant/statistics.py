@@ -8,7 +8,8 @@ What noise does, per KV head (metrics are averaged over its query heads, weights
   keys    noise e on a logit moves the output by a_i e |W_O (v_i - o)|: metric E[q q^T] with the
           queries rotated into the keys' frame, weight sum_i a_i^2 |W_O (v_i - o)|^2
 
-both relative to the squared norm of the residual stream that the output is added to. Queries ask
+both relative to the squared norm of the residual stream that the output is added to, where W_O is
+as the norms of the layer read that stream (`residual.OutputSide.as_read`). Queries ask
 where they attend, but later ones will attend elsewhere: the key metric is partly weighted by
 influence and otherwise uniform over all pairs. That part needs many queries and is cheap; following
 a query to the output is not, so few are.
@@ -24,6 +25,7 @@ from torch import Tensor
 from nexusquant.math.rope import KeyFrame
 from nexusquant.moments import Moments
 from nexusquant.profile import SIDES, LayerProfile
+from nexusquant.residual import OutputSide
 
 MIN_TOKENS = 448
 """Tokens that a profile needs at least (docs/results: KL against the length it was built from). A
@@ -59,29 +61,6 @@ CALIBRATION = Sampling(queries=512, asked=2, keys=1 << 20, pages=16, influence=0
 
 
 @dataclass(frozen=True)
-class OutputSide:
-    """What a layer's attention output goes through and into.
-
-    Unless both are known, errors are relative to the attention output itself.
-
-    Attributes:
-        projection: (hidden, query_heads x value_dim) weight of the output projection, with that of
-            a norm behind it; None if it cannot be read.
-        residual: (batch, tokens, hidden) residual stream of the chunk, None if unknown.
-        added: squared norm of what is added to the stream, where a norm sets it.
-    """
-
-    projection: Tensor | None = None
-    residual: Tensor | None = None
-    added: float | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether projection and residual stream are known."""
-        return self.projection is not None and self.residual is not None
-
-
-@dataclass(frozen=True)
 class Sample:
     """One row's chunk without padding."""
 
@@ -91,6 +70,7 @@ class Sample:
     queries: Tensor  # (query_heads, sampled, dim), post-RoPE
     query_at: Tensor  # (sampled,) indices into the keys
     slots: Tensor  # (n,)
+    stream: Tensor | None  # (sampled, hidden) residual stream at the queries
     inverse_residual: Tensor  # (sampled,)
     skip: int  # leading keys that are stored exactly
     some: slice  # which keys are in `framed`
@@ -146,17 +126,16 @@ def layer_statistics(
     frame = frame.of_row(row)
     sample = _sample(keys, values, queries, row, start, valid, frame, sinks, output, sampling)
     kv_heads, dim = sample.keys.shape[0], sample.values.shape[-1]
-    projection = output.projection
+    projection, added = output.as_read(sample.stream)
     if projection is None:
         gram = torch.eye(dim, device=keys.device).expand(kv_heads, dim, dim)
     else:
-        weight = projection.detach().to(keys.device).float().unflatten(-1, (-1, dim))
-        weight = weight.transpose(0, 1)  # (query_heads, hidden, dim)
-        gram = (weight.mT @ weight).unflatten(0, (kv_heads, -1)).mean(1)
+        weight = projection.to(keys.device).unflatten(-1, (-1, dim)).transpose(0, 1)
+        gram = (weight.mT @ weight).unflatten(0, (kv_heads, -1)).mean(1)  # of a group's query heads
     attention = _influence(sample, gram, scaling, softcap)
     key_metric = _key_metric(sample, attention.share, frame) * scaling**2
-    plain = output.complete and output.added is None
-    unit = 1.0 if plain else attention.energy.clamp(min=1e-12) / (output.added or 1.0)
+    plain = output.complete and added is None
+    unit = 1.0 if plain else attention.energy.clamp(min=1e-12) / (added or 1.0)
     some, attended = sample.some, sampling.attended
     return LayerStatistics(
         Moments.of(
@@ -193,7 +172,7 @@ def _sample(
     count = min(max(sampling.queries // group, sampling.queries // 4), len(real) - first)
     at = torch.linspace(first, len(real) - 1, count, device=keys.device).round().long()
     chosen = queries[row][:, real[at] - (tokens - q_len)].float()
-    inverse = torch.ones(count, device=keys.device)
+    stream, inverse = None, torch.ones(count, device=keys.device)
     if output.complete and output.residual is not None:
         stream = output.residual[row, real[at] - tokens].float()
         inverse = 1 / stream.square().sum(-1).clamp(min=1e-12)
@@ -204,7 +183,7 @@ def _sample(
     some = slice(skip, None, max(1, len(real) // sampling.keys))
     framed = frame.enter(mine[None, :, some], slots[some].view(1, 1, -1))[0]
     return Sample(
-        framed, mine.float(), its.float(), chosen, at, slots, inverse, skip, some, sampling
+        framed, mine.float(), its.float(), chosen, at, slots, stream, inverse, skip, some, sampling
     )
 
 

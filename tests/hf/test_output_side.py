@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from nexusquant import CompressionConfig, NexusCache
 from nexusquant.hf import dispatch
 from nexusquant.hf.output_side import output_side
-from nexusquant.statistics import OutputSide
+from nexusquant.residual import OutputSide
 from tests.hf.models import KINDS, left_padded, prompt, tiny
 
 
@@ -94,18 +94,57 @@ def test_a_norm_behind_the_projection(name: str, block: Any) -> None:
     norm = getattr(block, "post_self_attn_layernorm", block.post_attention_layernorm)
     assert side.projection is not None
     assert side.complete
+    assert side.behind is not None
     with torch.no_grad():
         x = torch.randn(5, 64)
         size = linear(x).square().mean(-1, keepdim=True).sqrt()
-        torch.testing.assert_close(x @ side.projection.mT / size, norm(linear(x)))
-    assert side.added == pytest.approx(float((1 + norm.weight.detach()).square().sum()))
+        torch.testing.assert_close(x @ side.projection.mT / size * side.behind, norm(linear(x)))
+    projection, added = side.as_read(None)
+    assert projection is not None
+    torch.testing.assert_close(projection, side.projection * side.behind[:, None])
+    assert added == pytest.approx(float((1 + norm.weight.detach()).square().sum()))
+    assert side.readers is None
+
+
+def test_norms_that_read_the_stream() -> None:
+    linear, stream = nn.Linear(64, 48), torch.randn(1, 7, 48)
+    first, second, other = RMSNorm(), RMSNorm(), RMSNorm()
+    plain = nn.LayerNorm(48)
+    nn.init.normal_(plain.weight)
+    for block, readers in [
+        (Holder(input_layernorm=first, post_attention_layernorm=second), [first, second]),
+        (Holder(ln_1=plain, ln_2=first), [plain, first]),
+        (Holder(input_layernorm=nn.Identity(), post_attention_layernorm=nn.LayerNorm(40)), []),
+        (Holder(input_layernorm=nn.LayerNorm(48, elementwise_affine=False)), []),
+        (
+            Holder(  # Gemma 2 and 3
+                input_layernorm=first, post_attention_layernorm=other,
+                pre_feedforward_layernorm=second, post_feedforward_layernorm=other,
+            ),
+            [first, second],
+        ),
+        (
+            Holder(  # GLM 4
+                input_layernorm=first, post_self_attn_layernorm=other,
+                post_attention_layernorm=second, post_mlp_layernorm=other,
+            ),
+            [first, second],
+        ),
+    ]:  # fmt: skip
+        side = output_side(Holder(o_proj=linear), 64, block, stream)
+        gains = [norm.weight.detach() + (norm is not plain) for norm in readers]
+        if gains:
+            assert side.readers is not None
+            torch.testing.assert_close(side.readers, torch.stack(gains))
+        else:
+            assert side.readers is None
 
 
 def test_other_norms() -> None:
     linear, stream = nn.Linear(64, 48), torch.randn(1, 7, 48)
     before_mlp = Holder(post_attention_layernorm=RMSNorm())
-    assert output_side(Holder(o_proj=linear), 64, before_mlp, stream).added is None
-    unread = Holder(post_self_attn_layernorm=nn.LayerNorm(48))
+    assert output_side(Holder(o_proj=linear), 64, before_mlp, stream).behind is None
+    unread = Holder(post_self_attn_layernorm=nn.LayerNorm(48, elementwise_affine=False))
     side = output_side(Holder(o_proj=linear), 64, unread, stream)
     assert not side.complete, "errors are relative to what goes into it"
 

@@ -18,12 +18,12 @@ from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.math.rope import KeyFrame
 from nexusquant.profile import Profile
 from nexusquant.profile_store import default_path, load_profile
+from nexusquant.residual import OutputSide
 from nexusquant.statistics import (
     CALIBRATION,
     MIN_TOKENS,
     PREFILL,
     LayerStatistics,
-    OutputSide,
     Sampling,
     layer_statistics,
 )

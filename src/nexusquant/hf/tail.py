@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nexusquant.accounting import owned
+from nexusquant.residual import OutputSide
 from nexusquant.retention import WINDOW
-from nexusquant.statistics import OutputSide
 
 
 @dataclass(frozen=True)
