@@ -41,7 +41,7 @@ def model(tokenizer: Any) -> Any:
 
 def text(tokens: int, line: int = 0) -> str:
     """A text of about that many tokens: the tokenizer has one for every few letters."""
-    return (LINES[line] + " ") * (tokens // 3)
+    return "ABCDEFGHIJKLMNOP " + (LINES[line] + " ") * (tokens // 3)
 
 
 class Read:

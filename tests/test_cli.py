@@ -215,7 +215,7 @@ def test_calibrate_keeps_a_profile_that_is_found(
     folder: Path, tmp_path: Path, user_cache: Path
 ) -> None:
     text = tmp_path / "text.txt"
-    text.write_text(STORY * 20)
+    text.write_text("ABCDEFGH " + STORY * 20)
     arguments = ("calibrate", folder, "--text", text, "--pieces", "1")
     for options, page in (((), CompressionConfig.rope_page), (("--rope-page", "8"), 8)):
         status, out, err = run(*arguments, *options, "--tokens", MIN_TOKENS)

@@ -35,7 +35,8 @@ def names() -> dict[str, Any]:
     tokenizer = tiny_tokenizer()
     model = tiny_model(len(tokenizer))
     ids = torch.randint(2, len(tokenizer), (1, 400), generator=torch.Generator().manual_seed(0))
-    return {"model": model, "tokenizer": tokenizer, "input_ids": ids}
+    text = tokenizer.decode(torch.randint(2, len(tokenizer), (2000,)))
+    return {"model": model, "tokenizer": tokenizer, "input_ids": ids, "text": text}
 
 
 @pytest.mark.usefixtures("own_scorers")

@@ -24,8 +24,9 @@ Edit = Callable[[dict[str, Tensor], dict[str, Any]], None]
 
 
 def side(heads: int, dim: int) -> Side:
+    forward = torch.randn(heads, dim, dim)
     return Side(
-        torch.randn(heads, dim, dim), torch.randn(heads, dim, dim), torch.randn(heads, dim),
+        forward, forward.double().inverse().float(), torch.randn(heads, dim),
         torch.rand(heads, dim // 8), torch.rand(heads), 1 + torch.rand(heads, dim // 8),
     )  # fmt: skip
 
@@ -89,7 +90,8 @@ def test_loaded_profiles_can_be_stored_again(stored: Path) -> None:
 
 def test_views_and_transposes_are_stored_as_what_they_show(tmp_path: Path) -> None:
     wide = torch.randn(2, 16, 32)
-    odd = replace(side(2, 16), forward=wide[..., ::2], inverse=wide[..., :16].mT)
+    forward = wide[..., ::2]
+    odd = replace(side(2, 16), forward=forward, inverse=forward.mT.contiguous().inverse().mT)
     known = profile(layers={0: LayerProfile(odd, side(2, 16))})
     assert same(load_profile(save_profile(known, tmp_path / "p")), known)
 
@@ -208,8 +210,16 @@ def test_no_file_and_a_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "metadata",
-    [None, {}, {"nexusquant": ""}, {"nexusquant": "{"}, {"nexusquant": "[1]"}, {"nexusquant": "3"}],
-    ids=str,
+    [
+        None,
+        {},
+        {"nexusquant": ""},
+        {"nexusquant": "{"},
+        {"nexusquant": "[1]"},
+        {"nexusquant": "3"},
+        {"nexusquant": "[" * 200_000},
+    ],
+    ids=lambda metadata: str(metadata)[:40],
 )
 def test_safetensors_of_something_else(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     path = tmp_path / "model.safetensors"
@@ -224,7 +234,8 @@ BAD_HEADERS: list[dict[str, Any]] = [
     {"inverse_residual": {"-1": 0.1}}, {"inverse_residual": {"0": -1.0}},
     {"inverse_residual": {"0": float("nan")}}, {"inverse_residual": {"0": float("inf")}},
     {"inverse_residual": {"0": "much"}}, {"inverse_residual": {"0": None}},
-    {"inverse_residual": {"0": 0}}, {"inverse_residual": {}},
+    {"inverse_residual": {"0": 0}}, {"inverse_residual": {}}, {"inverse_residual": {"0": True}},
+    {"inverse_residual": {"0": 10**400}}, {"inverse_residual": {"0": "1.0"}},
 ]  # fmt: skip
 
 
@@ -269,6 +280,8 @@ DAMAGE: dict[str, Edit] = {
         {f"0.key.{name}": tensors[f"0.key.{name}"][:, :4, :4].contiguous()
          for name in ("forward", "inverse")}
     ),
+    "zero inverse": put("3.key.inverse", torch.zeros_like),
+    "inverse of something else": put("3.value.inverse", lambda x: x.flip(0)),
     "negative variance": put("3.value.variance", poke(-1.0)),
     "negative weight": put("3.value.weight", poke(-1.0)),
     "fewer heads than values": lambda tensors, _: tensors.update(

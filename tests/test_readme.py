@@ -21,7 +21,7 @@ def test_every_python_block_of_the_readme_runs(capsys):
         "model": tiny_model(len(tokenizer)),
         "tokenizer": tokenizer,
         "inputs": tokenizer(text, return_tensors="pt"),
-        "texts": [text * 8],
+        "texts": ["ABCDEFGHIJKLMNOP " + text * 8],
         "K": torch.randn(1, 2, 64, 64),
         "V": torch.randn(1, 2, 64, 64),
     }

@@ -14,10 +14,11 @@ from nexusquant.config import CompressionConfig
 from nexusquant.errors import ConfigError, ProfileError
 from nexusquant.hf.cache import check_model, compact_layers, text_config
 from nexusquant.hf.context import outside_blocks
+from nexusquant.hf.fingerprint import forget
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.profiles import Collector, find_profile, remember_profile
 from nexusquant.profile import Profile
-from nexusquant.statistics import MIN_TOKENS
+from nexusquant.statistics import MIN_DISTINCT, MIN_TOKENS
 
 
 @torch.no_grad()
@@ -43,16 +44,18 @@ def calibrate(
         report: called with a line of text as each piece starts.
 
     Raises:
-        ConfigError: no text has `MIN_TOKENS` tokens, or an argument is out of range.
+        ConfigError: no text has `MIN_TOKENS` tokens, all have fewer than `MIN_DISTINCT` different
+            ones, or an argument is out of range.
         UnsupportedError: a model that cannot have a compressed cache.
 
     Example:
         >>> from nexusquant import calibrate
-        >>> profile = calibrate(model, tokenizer, ["some text of your own " * 200], pieces=2)
+        >>> profile = calibrate(model, tokenizer, [text], pieces=2)  # some thousand words
         >>> len(profile.layers) == model.config.num_hidden_layers
         True
     """
     check_model(model)
+    forget(model)
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise ConfigError(f"texts must be a list of texts, got {type(texts).__name__}.")
     _need("pieces", pieces, 1)
@@ -65,8 +68,15 @@ def calibrate(
         )
     config = CompressionConfig(codec="exact", rope_page=rope_page)
     chosen = _pieces(tokenizer, texts, length, pieces)
+    distinct = len(torch.cat(chosen, 1).unique())
+    if distinct < MIN_DISTINCT:
+        raise ConfigError(
+            f"the texts have {distinct} different tokens, too few to tell directions apart; give"
+            f" text with {MIN_DISTINCT} at least."
+        )
     collector = Collector(model, rope_page)
     training = model.training
+    device = "cpu" if model.device.type == "meta" else model.device  # offloaded: hooks move inputs
     takes = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # the others cost gigabytes
     model.eval()
@@ -76,7 +86,7 @@ def calibrate(
                 report(f"piece {index + 1} of {len(chosen)}, {ids.shape[1]} tokens")
                 cache = DynamicCache(config=text_config(model))
                 compact_layers(cache, model, config, Notices(), collector)
-                model(ids.to(model.device), past_key_values=cache, use_cache=True, **last)
+                model(ids.to(device), past_key_values=cache, use_cache=True, **last)
     finally:
         model.train(training)
     total = sum(ids.shape[1] for ids in chosen)

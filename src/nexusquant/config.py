@@ -51,7 +51,8 @@ class CompressionConfig:
             was left in the tail included); decoded tokens are only coded.
         max_tokens: most tokens stored per head and full-attention layer, uncoded tail not counted.
             When a block makes it more, those that the latest queries attend to least are dropped,
-            so a generation of any length takes bounded memory. The last `recent` all stay: behind
+            so a generation of any length takes bounded memory, but for the 4 bytes of every
+            token's position that RoPE is undone with. The last `recent` all stay: behind
             a prompt, where heads have them in different tiers, that may take some tokens more
             than a limit near `sinks + recent`. None for no limit.
         levels: reconstruction levels of the lattice code, "companded" or "uniform".

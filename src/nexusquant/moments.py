@@ -11,6 +11,9 @@ from nexusquant.math.e8 import GROUP
 from nexusquant.math.klt import weighted_klt
 from nexusquant.profile import Side
 
+RIDGE = 1e-3
+"""Share of the mean variance added in all directions: no text shows all that will be seen."""
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -58,9 +61,15 @@ class Moments:
         fields = zip(*(vars(part).values() for part in parts), strict=True)
         return cls(*(torch.stack(column).mean(0) for column in fields))
 
+    def to(self, device: str) -> Moments:
+        """A copy on another device."""
+        return Moments(*(x.to(device, copy=True) for x in vars(self).values()))
+
     def side(self) -> Side:
         """Transform, variances, and the scaling of every group to unit variance."""
-        transform, inverse, spectrum = weighted_klt(self.covariance, self.metric)
+        size = self.covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        noise = RIDGE * size * torch.eye(self.covariance.shape[-1], device=size.device)
+        transform, inverse, spectrum = weighted_klt(self.covariance + noise, self.metric)
         variance = spectrum.unflatten(-1, (-1, GROUP)).mean(-1)
         floor = variance.amax(-1, keepdim=True).clamp(min=1e-20) * 1e-9
         deviation = variance.clamp(min=floor).sqrt().repeat_interleave(GROUP, -1)

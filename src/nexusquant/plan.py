@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nexusquant.allocation import uniform_costs
 from nexusquant.config import CompressionConfig
-from nexusquant.errors import NonFiniteError
-from nexusquant.profile import Budget, Profile
+from nexusquant.errors import NonFiniteError, ProfileError
+from nexusquant.profile import SIDES, Budget, Profile
 from nexusquant.quantizer import Basis, Centre, Orthonormal, Profiled, Quantizer
 from nexusquant.tokens import CodedTokens
 
@@ -54,6 +54,7 @@ def plan_coding(
     Raises:
         UnsupportedError: a head_dim that is not a multiple of 8.
         NonFiniteError: NaN or infinity.
+        ProfileError: a profile of other shapes.
     """
     known = profile is not None and layer in profile.layers and config.transform == "klt"
     budget = Budget(
@@ -63,6 +64,7 @@ def plan_coding(
     )  # fmt: skip
     sides = (keys, values)
     if known and profile is not None:
+        _check_shapes(profile, layer, sides)
         bases: list[Basis] = [Profiled(profile, layer, side) for side in ("key", "value")]
         if config.allocation == "uniform":
             layouts = budget.layouts([_uniform(keys, values)])[0]
@@ -80,6 +82,17 @@ def plan_coding(
         for i in (0, 1)
     )
     return Coding((centres[0], centres[1]), list(zip(key, value, strict=True)))
+
+
+def _check_shapes(profile: Profile, layer: int, sides: tuple[Tensor, Tensor]) -> None:
+    for name, x in zip(SIDES, sides, strict=True):
+        heads, dim = getattr(profile.layers[layer], name).mean.shape
+        if (heads, dim) != (x.shape[1], x.shape[-1]):
+            raise ProfileError(
+                f"the profile has {heads} KV heads of dimension {dim} for the {name}s of layer"
+                f" {layer}, the model has {x.shape[1]} of {x.shape[-1]}: it is another model's, or"
+                " damaged. Build one with `nexusquant calibrate`."
+            )
 
 
 def _uniform(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

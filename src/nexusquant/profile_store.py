@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from nexusquant.profile import SIDES, LayerProfile, Profile, Side
 
 FORMAT = 2
 _FIELDS = ("forward", "inverse", "mean", "variance", "weight", "coherence")
+_BAD_HEADER = (
+    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError
+)  # fmt: skip
 
 
 def cache_dir() -> Path:
@@ -46,7 +49,7 @@ def save_profile(profile: Profile, path: str | Path | None = None) -> Path:
 
     Example:
         >>> from nexusquant import calibrate, save_profile
-        >>> profile = calibrate(model, tokenizer, ["some text of your own " * 200], pieces=1)
+        >>> profile = calibrate(model, tokenizer, [text], pieces=1)
         >>> save_profile(profile).suffix
         '.safetensors'
     """
@@ -72,13 +75,15 @@ def save_profile(profile: Profile, path: str | Path | None = None) -> Path:
     }
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
-        os.close(handle)
+        part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
         try:
+            part.touch()
+            mode = part.stat().st_mode  # safetensors makes files that others cannot read
             save_file(tensors, part, {"nexusquant": json.dumps(header, sort_keys=True)})
-            Path(part).replace(target)
+            part.chmod(mode)
+            part.replace(target)
         except BaseException:
-            Path(part).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
     except (OSError, SafetensorError) as error:
         raise ProfileError(f"{target}: cannot write the profile ({error}).") from error
@@ -155,12 +160,13 @@ def _header(path: str | Path, metadata: dict[str, str] | None) -> dict[str, Any]
             raise TypeError
         layers = header["inverse_residual"]
         if not layers or not all(
-            0 < float(x) < math.inf and int(i) >= 0 for i, x in layers.items()
+            type(x) in (int, float) and 0 < float(x) < math.inf and int(i) >= 0
+            for i, x in layers.items()
         ):
             raise ValueError
     except ProfileError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except _BAD_HEADER as error:
         raise ProfileError(f"{path}: not a profile of nexusquant, or damaged.") from error
     return dict(header)
 
@@ -182,6 +188,11 @@ def _side(path: str | Path, file: Any, names: set[str], prefix: str) -> Side:
             for x, shape in zip(tensors, shapes, strict=True)
         )
     )
+    if ok:  # the product's error grows with the norms of the two
+        product = forward.double() @ tensors[1].double()
+        error = (product - torch.eye(dim)).abs().amax((1, 2))
+        size = forward.double().norm(dim=(1, 2)) * tensors[1].double().norm(dim=(1, 2))
+        ok = bool((error <= 1e-4 * size.clamp(max=1e4)).all())
     if not ok or min(float(x.min()) for x in tensors[3:]) < 0:
         raise ProfileError(f"{path}: damaged, {prefix} has wrong shapes or values.")
     return Side(*tensors)

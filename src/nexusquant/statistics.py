@@ -31,6 +31,9 @@ MIN_TOKENS = 448
 """Tokens that a profile needs at least (docs/results: KL against the length it was built from). A
 little under 512, so that layers with a window of 512 get one."""
 
+MIN_DISTINCT = 16
+"""Different tokens that a text needs at least: of few, too few directions can be known."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -94,8 +97,17 @@ class LayerStatistics:
 
     def profile(self) -> LayerProfile:
         """The transforms. Kept on the CPU: devices get their copies when they need them."""
-        sides = (self.key.side().to("cpu"), self.value.side().to("cpu"))
-        return LayerProfile(*sides, float(self.inverse_residual))
+        with torch.inference_mode(False):  # made in inference mode, they could not be used outside
+            key, value = self.key.to("cpu").side(), self.value.to("cpu").side()
+        return LayerProfile(key, value, float(self.inverse_residual))
+
+
+def varied(values: Tensor) -> bool:
+    """Whether values (heads, n, dim) have `MIN_DISTINCT` different vectors.
+
+    In the first layer, they differ only where tokens do.
+    """
+    return len(values.float().sum((0, 2)).bfloat16().unique()) >= MIN_DISTINCT
 
 
 @torch.no_grad()
@@ -174,7 +186,7 @@ def _sample(
     chosen = queries[row][:, real[at] - (tokens - q_len)].float()
     stream, inverse = None, torch.ones(count, device=keys.device)
     if output.complete and output.residual is not None:
-        stream = output.residual[row, real[at] - tokens].float()
+        stream = output.residual.to(keys.device)[row, real[at] - tokens].float()
         inverse = 1 / stream.square().sum(-1).clamp(min=1e-12)
     mine, its = keys[row], values[row]
     if valid is not None:

@@ -17,6 +17,7 @@ from nexusquant import (
 )
 from nexusquant.hf import second_pass
 from nexusquant.hf.notices import NexusQuantWarning
+from nexusquant.quantizer import Profiled
 from nexusquant.scorers import ScoreInputs
 from nexusquant.scorers.base import causal_attention
 from tests.chunks import body_slots
@@ -209,14 +210,21 @@ def test_a_second_pass_that_fails_undoes_the_first(monkeypatch: pytest.MonkeyPat
     assert kept(cache, 0) == kept(fresh, 0)
 
 
-def test_a_prompt_read_twice_leaves_no_lesser_profile_behind() -> None:
-    """The residual stream is gone when it is compressed, so it builds none; a known one is used."""
-    model = tiny()
-    cache = NexusCache(model, "high", scorer="kvzip")
-    feed(model, cache, prompt(600), 600)
-    assert cache.profile is None
-    feed(model, NexusCache(model, "high"), prompt(600), 600)
-    known = NexusCache(model, "high", scorer="kvzip")
-    feed(model, known, prompt(600), 600)
-    assert known.profile is not None
-    assert known.profile.layers[0].inverse_residual != 1.0
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_prompt_read_twice_leaves_no_lesser_profile_behind(kind: str) -> None:
+    """The residual stream is gone when it is compressed: the profile is built before."""
+    more = {"sliding_window": 500} if kind == "gemma3" else {}
+    model, other = tiny(kind, **more), tiny(kind, **more)
+    twice, once = NexusCache(model, "high", scorer="kvzip"), NexusCache(other, "high")
+    feed(model, twice, prompt(600), 600)
+    feed(other, once, prompt(600), 600)
+    assert twice.profile is not None
+    assert once.profile is not None
+    assert NexusCache(model).profile is twice.profile
+    assert list(twice.profile.layers) == list(once.profile.layers)
+    for index, layer in once.profile.layers.items():
+        for side in ("key", "value"):
+            mine, theirs = getattr(twice.profile.layers[index], side), getattr(layer, side)
+            assert all(torch.equal(vars(mine)[name], x) for name, x in vars(theirs).items())
+    for compact in twice.layers:
+        assert isinstance(compact.stored.body[0].key_quantizer.basis, Profiled)

@@ -48,7 +48,8 @@ def memory(
         True
     """
     grown = []
-    model(input_ids[:, :64], past_key_values=NexusCache(model, quality, **overrides))  # code tables
+    # What the first cache of a process makes and keeps: code tables, the model's profile.
+    model(input_ids, past_key_values=NexusCache(model, quality, **overrides), use_cache=True)
     cache: Any = None
     for make in (
         lambda: plain_cache(model),

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from nexusquant.compressor import Stored
+from nexusquant.hf.rope_tables import LayerRope
+from nexusquant.hf.tail import Tail
 
-class BatchOperations(ABC):
+
+class BatchOperations:
     """Everything that rearranges rows or moves tensors."""
 
     device: torch.device
+    stored: Stored
+    tail: Tail | None
+    rope: LayerRope | None
 
-    @abstractmethod
+    @property
+    def batch_size(self) -> int:
+        """Rows, -1 before the first update."""
+        if self.tail is not None:
+            return self.tail.keys.shape[0]
+        return next((part.batch_size for part in self.stored.parts()), -1)
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply a batch operation to everything held."""
+        batch = self.batch_size
+        if batch < 0:
+            return
+        self.stored = self.stored.map(fn)
+        if self.tail is not None:
+            self.tail = self.tail.map(fn)
+        if self.rope is not None:
+            self.rope.map(fn, batch)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Batch row i becomes row beam_idx[i]."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import uuid
 import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 _SAMPLES = 16  # elements read per parameter
@@ -43,6 +44,24 @@ def _relevant(field: Any) -> Any:
     }
 
 
+def _held(model: Any, name: str, parameter: Tensor) -> Tensor | None:
+    """The parameter; of one that accelerate has offloaded, what it keeps of it, if it does."""
+    if not parameter.is_meta:
+        return parameter
+    owner, _, local = name.rpartition(".")
+    hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+    try:
+        weight: Tensor = hook.weights_map[local]  # type: ignore[union-attr]
+    except (AttributeError, KeyError, TypeError):
+        return None
+    return weight
+
+
+def forget(model: Any) -> None:
+    """Read the weights again: assigning to `parameter.data` leaves no trace."""
+    _known.pop(model, None)
+
+
 @torch.no_grad()
 def fingerprint(model: Any) -> str:
     """16 hex digits of a model's weights and of the config fields that attention may depend on.
@@ -59,9 +78,13 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.sha256(config.encode())
     for name, parameter in sorted(parameters.items()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        if parameter.is_meta or not parameter.numel():
+        weight = _held(model, name, parameter)
+        if weight is None:  # nobody can say which model this is: it is like no other
+            digest.update(uuid.uuid4().bytes)
+            break
+        if not weight.numel():
             continue
-        flat = parameter.detach().reshape(-1)
+        flat = weight.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
         sample = flat[::step][:_SAMPLES]
         if sample.is_floating_point():

@@ -23,6 +23,7 @@ from nexusquant.hf.second_pass import note, reads_twice
 from nexusquant.hf.tail import Call, Tail
 from nexusquant.math.e8 import GROUP
 from nexusquant.math.rope import Frequencies, KeyFrame
+from nexusquant.profile import Profile
 from nexusquant.retention import retain
 
 _STATE = ("stored", "tail", "length", "deferred", "waiting", "rope")
@@ -143,13 +144,6 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name in early 5.x
 
     @property
-    def batch_size(self) -> int:
-        """Rows, -1 before the first update."""
-        if self.tail is not None:
-            return self.tail.keys.shape[0]
-        return next((part.batch_size for part in self.stored.parts()), -1)
-
-    @property
     def tail_start(self) -> int:
         """Slot of the first uncoded tail token."""
         return self.length - (0 if self.tail is None else self.tail.count)
@@ -197,35 +191,46 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
             note(self, call)
             return
         if self.record_past:  # a rollback may come: `crop` compresses
-            self.deferred = replace(call, output=None)
+            self.deferred = self._learned(call)
             return
         if self.config.max_tokens is not None and self.tail is not None:
             self.tail = self.tail.remember(call.query)
         if not self.exact and reads_twice(self.config, call.query.shape[2]):
-            # As when deferred: the residual stream is gone by then, so no profile is built from it.
-            self.waiting = replace(call, output=None)
+            self.waiting = self._learned(call)
             return
         self._compress(call)
+
+    def _held(self, call: Call) -> tuple[Tail | None, Call]:
+        """What of the tail may be compressed, and the call as over that."""
+        return self.tail, call
+
+    def _profile(self, call: Call, chunk: Chunk) -> Profile | None:
+        if self.profiles is None:
+            return None
+        alone = 2 * call.query.shape[2] >= self.length  # little else to attend to
+        output = call.output if alone else None
+        return self.profiles.obtain(chunk, self.frame(), self.config.sinks, output)
+
+    def _learned(self, call: Call) -> Call:
+        """`call` for later, when the residual stream is gone: a profile is built from it now."""
+        tail, held = self._held(call)
+        if tail is not None and held.fills(tail, self.config.residual_length) and not self.exact:
+            self._profile(held, self._chunk(held, tail))
+        return replace(call, output=None)
+
+    def _chunk(self, call: Call, tail: Tail) -> Chunk:
+        start, least = self.length - tail.count, self.config.residual_length
+        return call.chunk(tail, start, self.layer_idx, least)
 
     def _compress(self, call: Call) -> None:
         tail, config = self.tail, self.config
         if tail is None:
             return
-        least = config.residual_length
-        if self.exact or tail.count < least or call.longest(tail.count) < least:
+        if self.exact or not call.fills(tail, config.residual_length):
             self.tail = tail.owned()
             return
-        many = call.query.shape[2] >= config.residual_length
-        chunk = Chunk(
-            tail.keys, tail.values, self.tail_start, call.valid,
-            call.query[:, :, -tail.count :] if many else None, call.scaling, call.softcap,
-            self.layer_idx, call.received,
-        )  # fmt: skip
-        frame, profile = self.frame(), None
-        if self.profiles is not None:
-            alone = 2 * call.query.shape[2] >= self.length  # little else to attend to
-            output = call.output if alone else None
-            profile = self.profiles.obtain(chunk, frame, config.sinks, output)
+        chunk, frame = self._chunk(call, tail), self.frame()
+        profile = self._profile(call, chunk)
         self.stored = compress(self.planned, self.stored, chunk, frame, profile)
         if config.max_tokens is not None:
             self.stored = retain(
@@ -262,18 +267,7 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         spans = self.rope.table.spans if self.rope else None
         return [self.stored, self.tail, spans, self.deferred]
 
-    # -- batch operations, rollback
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Apply a batch operation to everything held."""
-        batch = self.batch_size
-        if batch < 0:
-            return
-        self.stored = self.stored.map(fn)
-        if self.tail is not None:
-            self.tail = self.tail.map(fn)
-        if self.rope is not None:
-            self.rope.map(fn, batch)
+    # -- rollback
 
     def activate_past_recording(self) -> None:
         """Compress only after `crop` said which tokens stay."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from nexusquant.residual import OutputSide
 
 _NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "resid_proj", "output", "proj", "linear")
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _READERS = (
     "input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "ln_1", "ln_2",
     "norm_1", "norm_2", "ln_attn", "ln_mlp",
@@ -70,7 +71,7 @@ def _projection(module: nn.Module, width: int) -> Tensor | None:
     """(hidden, width) weight, or None if there is none by any usual name, or it is quantized."""
     for name in _NAMES:
         weight = getattr(getattr(module, name, None), "weight", None)
-        if not torch.is_tensor(weight) or weight.ndim != 2 or not weight.is_floating_point():
+        if not torch.is_tensor(weight) or weight.ndim != 2 or weight.dtype not in _PLAIN:
             continue
         if weight.is_meta:
             return None

@@ -15,6 +15,7 @@ from nexusquant.compressor import Chunk
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import ProfileError, UnsupportedError
 from nexusquant.hf.fingerprint import fingerprint
+from nexusquant.math.e8 import GROUP
 from nexusquant.math.rope import KeyFrame
 from nexusquant.profile import Profile
 from nexusquant.profile_store import default_path, load_profile
@@ -26,12 +27,16 @@ from nexusquant.statistics import (
     LayerStatistics,
     Sampling,
     layer_statistics,
+    varied,
 )
 
 ProfileLike = Profile | str | Path | None
 
 _lock = threading.RLock()
 _known: weakref.WeakKeyDictionary[nn.Module, dict[int, Profile]] = weakref.WeakKeyDictionary()
+_files: weakref.WeakValueDictionary[tuple[str, int, int, str], Profile] = (
+    weakref.WeakValueDictionary()
+)
 
 
 def remember_profile(model: nn.Module, profile: Profile) -> None:
@@ -48,7 +53,7 @@ def find_profile(model: nn.Module, rope_page: int, given: ProfileLike = None) ->
     """
     if given is not None:
         mine = fingerprint(model)
-        profile = given if isinstance(given, Profile) else load_profile(given, mine)
+        profile = given if isinstance(given, Profile) else _from_file(given, mine)
         if profile.fingerprint != mine:
             raise ProfileError(
                 f"the profile given is another model's: it was built for fingerprint"
@@ -78,6 +83,20 @@ def find_profile(model: nn.Module, rope_page: int, given: ProfileLike = None) ->
         return known[rope_page]
 
 
+def _from_file(path: str | Path, fingerprint: str) -> Profile:
+    """A file is read again only if it has changed."""
+    try:
+        status = Path(path).stat()
+    except (OSError, TypeError, ValueError):
+        return load_profile(path, fingerprint)  # says what is wrong, or expands ~
+    key = str(Path(path).resolve()), status.st_mtime_ns, status.st_size, fingerprint
+    with _lock:
+        known = _files.get(key)
+        if known is None:
+            known = _files[key] = load_profile(path, fingerprint)
+        return known
+
+
 class ProfileBook:
     """The profile that one cache uses; the first long prompt of a model builds it."""
 
@@ -86,6 +105,7 @@ class ProfileBook:
     ) -> None:
         self._model = weakref.ref(model)
         self.page, self.profile, self.wanted = page, profile, wanted
+        self.monotonous = False  # the pass under way: too few different tokens
 
     @classmethod
     def of(
@@ -106,10 +126,15 @@ class ProfileBook:
         """
         if not self.wanted or chunk.queries is None or output is None:
             return self.profile
+        if self.profile is not None and chunk.layer_idx in self.profile.layers:
+            self.end_pass(failed=False)  # a call of the inner model, whose end nobody sees
         known = self.profile is not None and (
             self.profile.complete or chunk.layer_idx in self.profile.layers
         )
-        if known or _length(chunk) < MIN_TOKENS:
+        if known or self.monotonous or _length(chunk) < MIN_TOKENS:
+            return self.profile
+        if not (self.profile and self.profile.layers) and not _varied(chunk):
+            self.monotonous = True
             return self.profile
         model = self._model()
         if self.profile is None and model is not None:
@@ -125,6 +150,7 @@ class ProfileBook:
 
     def end_pass(self, failed: bool) -> None:
         """A forward pass is over: what it built is complete, or void."""
+        self.monotonous = False
         if self.profile is None or self.profile.complete:
             return
         if failed or not self.profile.layers:
@@ -156,7 +182,8 @@ class Collector(ProfileBook):
         self, chunk: Chunk, frame: KeyFrame, sinks: int, output: Callable[[], OutputSide] | None
     ) -> Profile | None:
         """Adds the chunk's statistics; of layers with a short window, few tokens of every text."""
-        if output is not None and chunk.queries is not None:
+        dims = chunk.keys.shape[-1], chunk.values.shape[-1]
+        if output is not None and chunk.queries is not None and not any(d % GROUP for d in dims):
             statistics = _statistics(chunk, frame, sinks, output(), CALIBRATION)
             if statistics is not None:
                 self.statistics.setdefault(chunk.layer_idx, []).append(statistics)
@@ -178,6 +205,12 @@ class Collector(ProfileBook):
             for index, parts in sorted(self.statistics.items())
         }
         return Profile(fingerprint(model), self.page, source, tokens, layers, True)
+
+
+def _varied(chunk: Chunk) -> bool:
+    row = 0 if chunk.valid is None else int(chunk.valid.sum(-1).argmax())
+    values = chunk.values[row]
+    return varied(values if chunk.valid is None else values[:, chunk.valid[row]])
 
 
 def _length(chunk: Chunk) -> int:

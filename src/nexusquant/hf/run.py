@@ -35,7 +35,8 @@ class Run:
 
     @property
     def profile(self) -> Profile | None:
-        """What the cache used last is coded with, before the first one what it would be."""
+        """That of the cache used last, before the first one what it would be. Tokens from before it
+        was there, as those of a short first turn, are coded without."""
         return None if self._book is None else self._book.profile
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import replace
 from nexusquant.config import MAX_BITS, CompressionConfig
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
-from nexusquant.hf.tail import Call
+from nexusquant.hf.tail import Call, Tail
 
 
 class CompactSlidingLayer(CompactLayer):
@@ -60,13 +60,15 @@ class CompactSlidingLayer(CompactLayer):
             value_bits=min(self.config.value_bits + more, MAX_BITS),
         )
 
+    def _held(self, call: Call) -> tuple[Tail | None, Call]:
+        surplus = self.first_visible - self.tail_start
+        if self.tail is None or surplus <= 0:
+            return self.tail, call
+        valid = None if call.valid is None else call.valid[:, surplus:]
+        received = None if call.received is None else call.received[..., surplus:]
+        return self.tail.without_first(surplus), replace(call, valid=valid, received=received)
+
     def _compress(self, call: Call) -> None:
-        first = self.first_visible
-        self.stored = self.stored.drop_before(first)
-        surplus = first - self.tail_start
-        if surplus > 0 and self.tail is not None:
-            self.tail = self.tail.without_first(surplus)
-            valid = None if call.valid is None else call.valid[:, surplus:]
-            received = None if call.received is None else call.received[..., surplus:]
-            call = replace(call, valid=valid, received=received)
-        super()._compress(call)
+        self.stored = self.stored.drop_before(self.first_visible)
+        self.tail, held = self._held(call)
+        super()._compress(held)

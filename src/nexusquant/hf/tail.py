@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nexusquant.accounting import owned
+from nexusquant.compressor import Chunk
 from nexusquant.residual import OutputSide
 from nexusquant.retention import WINDOW
 
@@ -34,9 +35,19 @@ class Call:
     output: Callable[[], OutputSide] | None = None
     received: Tensor | None = None
 
-    def longest(self, count: int) -> int:
-        """Real tokens of the row that has most, in a tail of `count`."""
-        return count if self.valid is None else int(self.valid.sum(-1).max())
+    def fills(self, tail: Tail, least: int) -> bool:
+        """Whether some row of the tail has so many real tokens."""
+        if self.valid is None or tail.count < least:
+            return tail.count >= least
+        return int(self.valid.sum(-1).max()) >= least
+
+    def chunk(self, tail: Tail, start: int, layer_idx: int, least: int) -> Chunk:
+        """The tail as a chunk to compress; too few queries are no guide to what matters."""
+        queries = self.query[:, :, -tail.count :] if self.query.shape[2] >= least else None
+        return Chunk(
+            tail.keys, tail.values, start, self.valid, queries, self.scaling, self.softcap,
+            layer_idx, self.received,
+        )  # fmt: skip
 
     def without_last(self, count: int) -> Call:
         """As if the last `count` tokens had not been there."""

@@ -113,7 +113,8 @@ def capture(cos: Tensor, sin: Tensor, positions: Tensor, candidates: Iterable[Fr
     for frequencies, scaling in candidates:
         for tiling in _TILINGS:
             where = positions.to(cos.device, torch.int32)
-            span = Span(where, frequencies.detach().float().clone(), scaling, tiling)
+            known = frequencies.detach().to(cos.device, torch.float32, copy=True)
+            span = Span(where, known, scaling, tiling)
             mine, my_sin = span.cos_sin()
             if mine.shape[1:] != cos.shape[1:] or len(mine) not in (1, len(cos)):
                 continue

@@ -20,11 +20,11 @@ class KVzip:
 
     Reading it again behind itself, the model looks at what it needs to predict it: the importance
     of a token for *any* later question, not for those at the end of the prompt. Costs a second
-    forward pass over the prompt, which uses a known profile but builds none. It goes by pieces of
-    up to 1,024 tokens, each right behind the prompt, and never past the model's positions
-    (`max_position_embeddings`): near their end the pieces are shorter, and with fewer than 32 left
-    there is none. Without such a pass (also in assisted decoding, for embeddings instead of token
-    ids, for bare tensors) expected attention decides.
+    forward pass over the prompt. It goes by pieces of up to 1,024 tokens, each right behind the
+    prompt, and never past the model's positions (`max_position_embeddings`): near their end the
+    pieces are shorter, and with fewer than 32 left there is none. Without such a pass (also in
+    assisted decoding, for embeddings instead of token ids, for bare tensors) expected attention
+    decides.
     """
 
     second_pass: ClassVar[bool] = True
