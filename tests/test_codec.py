@@ -164,7 +164,9 @@ def test_every_batch_row_is_as_if_alone(quality: str, scorer: str) -> None:
 @pytest.mark.parametrize("codec_name", ["e8", "exact"])
 def test_evicted_tokens_are_zero_and_reported(per_head: bool, codec_name: str) -> None:
     keys, values = random_kv()
-    codec = NexusQuantSimple("balanced", per_head=per_head, codec=codec_name)
+    codec = NexusQuantSimple(
+        "balanced", per_head=per_head, codec=codec_name, key_bits=1.5, value_bits=1.5
+    )
     packed = codec.encode(keys, values)
     kept = codec.kept(packed)
     assert kept.dtype == torch.bool

@@ -171,8 +171,8 @@ def test_presets() -> None:
     assert PRESETS["high"] is PRESETS["conservative"]
     assert PRESETS["max"] is PRESETS["aggressive"]
     ratios = [PRESETS[name].evict_ratio for name in ("lossless", "high", "balanced", "max")]
-    assert ratios[0] == 0
-    assert ratios == sorted(set(ratios))
+    assert ratios[:2] == [0, 0], "nothing is dropped"
+    assert 0 < ratios[2] < ratios[3]
     bits = [PRESETS[name].key_bits for name in ("lossless", "high", "balanced", "max")]
     assert bits == sorted(set(bits), reverse=True)
     for name, config in PRESETS.items():

@@ -180,14 +180,14 @@ class CompressionConfig:
         return replace(self, **overrides)
 
 
-_HIGH = CompressionConfig(evict_ratio=0.2, key_bits=1.78, value_bits=1.78)
+_HIGH = CompressionConfig(key_bits=1.41, value_bits=1.41)
 _MAX = CompressionConfig(evict_ratio=0.45, key_bits=0.67, value_bits=0.67)
 
 PRESETS: dict[str, CompressionConfig] = {
     "lossless": CompressionConfig(key_bits=2.15, value_bits=2.15),
     "high": _HIGH,
     "conservative": _HIGH,
-    "balanced": CompressionConfig(evict_ratio=0.4, key_bits=1.37, value_bits=1.37),
+    "balanced": CompressionConfig(evict_ratio=0.3, key_bits=1.16, value_bits=1.16),
     "max": _MAX,
     "aggressive": _MAX,
 }

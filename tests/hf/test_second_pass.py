@@ -141,7 +141,7 @@ def test_hardly_any_positions_left(kind: str, first: int) -> None:
 
 def test_through_generate() -> None:
     model = tiny()
-    with nexusquant_evict(model, "high", scorer="kvzip") as run:
+    with nexusquant_evict(model, "high", scorer="kvzip", evict_ratio=0.2) as run:
         out = model.generate(prompt(100), max_new_tokens=5, do_sample=False)
     assert out.shape[1] == 105
     assert run.stats.tokens == 104
