@@ -144,7 +144,9 @@ def _file(path: str | Path) -> Path:
             "a profile is given as a Profile or as the path of its file (str or Path), not as"
             f" {type(path).__name__}."
         )
-    return Path(os.path.expanduser(path))  # noqa: PTH111 Path's raises for an unknown ~user
+    # Path.expanduser raises RuntimeError for the home of an unknown user; this leaves "~nobody" as
+    # it is, and the caller says that there is no such file.
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def _header(path: str | Path, metadata: dict[str, str] | None) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def test_a_file_is_read_once_until_it_changes(tmp_path: Path) -> None:
         NexusCache(model, profile=path)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere files have no such permission bits")
 def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
     path = save_profile(built(tiny()), tmp_path / "p.safetensors")
     (tmp_path / "other").touch()

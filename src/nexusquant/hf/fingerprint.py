@@ -50,11 +50,11 @@ def _held(model: Any, name: str, parameter: Tensor) -> Tensor | None:
         return parameter
     owner, _, local = name.rpartition(".")
     hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+    held = getattr(hook, "weights_map", None)
     try:
-        weight: Tensor = hook.weights_map[local]  # type: ignore[union-attr]
-    except (AttributeError, KeyError, TypeError):
+        return None if held is None else held[local]
+    except KeyError:
         return None
-    return weight
 
 
 def forget(model: Any) -> None:
