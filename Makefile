@@ -1,6 +1,7 @@
 # make demo     a small real model answers with a plain and with a compressed cache
 # make test     everything CI checks: lint, format, types, layering, tests
 # make test-all the same with the slow tests
+# make bench    times of the cache and of its kernels, beside the uncompressed ones
 # make format   apply ruff's formatting and fixes
 #
 # PYTHON=python3.12 picks the interpreter of a new .venv, PIP_FLAGS=... goes to pip install,
@@ -16,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-all check format clean
+.PHONY: install demo test test-all bench check format clean
 
 install: $(STAMP)
 
@@ -29,6 +30,10 @@ $(STAMP): requirements/dev.txt pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/nexusquant demo $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.speed kernels
+	$(BIN)/python -m benchmarks.speed model
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.calibrated import PAGE, Change, Profiles
 from benchmarks.competitors import Competitor, Nexus, Prefilled, Prompt
 from nexusquant import PRESETS, CompressionConfig, NexusCache
+from nexusquant.kernels import use_operator
 from nexusquant.profile import Profile
 from nexusquant.residual import OutputSide
 from nexusquant.statistics import CALIBRATION
@@ -149,18 +150,28 @@ def unweighted_values() -> Iterator[None]:
 def no_gains() -> Iterator[None]:
     """Every vector is coded at the sequence's scale."""
 
-    def one(quantizer: Any, y: Tensor) -> Tensor:
+    def one(y: Tensor, *_: Any) -> Tensor:
         return y.new_full(y.shape[:-1], _GAIN_OF_ONE, dtype=torch.uint8)
 
-    with patch("nexusquant.quantizer.Quantizer._gains", one):
+    with patch("nexusquant.kernels.reference._gains", one), _reference():
         yield
 
 
 @contextmanager
 def gains_of_size() -> Iterator[None]:
     """The gain is the vector's size, whatever that clips."""
-    with patch("nexusquant.quantizer._STEPS", 0):
+    with patch("nexusquant.kernels.reference._STEPS", 0), _reference():
         yield
+
+
+@contextmanager
+def _reference() -> Iterator[None]:
+    """The operator that can be patched."""
+    before = use_operator("reference")
+    try:
+        yield
+    finally:
+        use_operator(before)
 
 
 @contextmanager

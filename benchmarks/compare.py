@@ -138,7 +138,7 @@ def run(
     return {
         "title": f"{Path(model_name).name}, prefix {prefix}, continuation {continuation},"
         f" {len(texts)} text{'s'[: len(texts) > 1]}, {dtype} on {model.device.type}",
-        "environment": _environment(),
+        "environment": environment(),
         "profile_bytes": profiles.nbytes,
         "texts": [text.name for text in texts],
         "summary": summarize(rows),
@@ -228,7 +228,7 @@ def table(summary: Sequence[dict[str, Any]], title: str) -> Table:
     return out
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     installed = {one.name: one.version for one in metadata.distributions()}
     return {
         "python": platform.python_version(),

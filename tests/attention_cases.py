@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from nexusquant.attention import Mask, attend
+from nexusquant.attention import attend
+from nexusquant.frame import KeyFrame
 from nexusquant.layout import RowLayout
-from nexusquant.math.rope import KeyFrame, RopeTable, Span
+from nexusquant.mask import Mask
+from nexusquant.math.rope import RopeTable, Span
 from nexusquant.profile import LayerProfile, Profile, Side
 from nexusquant.quantizer import Centre, Orthonormal, Profiled, Quantizer
 from nexusquant.slots import Slots

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nexusquant.compressor import Chunk, Stored
 from nexusquant.config import CompressionConfig
-from nexusquant.tokens import CodedTokens, ExactTokens, spread
+from nexusquant.kernels.base import spread
+from nexusquant.tokens import CodedTokens, ExactTokens
 
 CPU = torch.device("cpu")
 

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from benchmarks.calibrated import Profiles
 from benchmarks.competitors import Prompt
 from nexusquant import scorers
+from nexusquant.kernels import operators, use_operator
 from tests.bench_cases import profiles_of, prompt_of
 from tests.tiny_checkpoint import save_folder, tiny_model
 
@@ -92,3 +93,11 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture(params=[name for name, reason in operators("cpu").items() if not reason])
+def each_operator(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test with every operator that this machine's CPU has."""
+    before = use_operator(request.param)
+    yield request.param
+    use_operator(before)

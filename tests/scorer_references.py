@@ -20,7 +20,7 @@ class PlainRope:
 
     matrix: Tensor
 
-    def remove(self, queries: Tensor) -> Tensor:
+    def remove(self, queries: Tensor, step: int = 1) -> Tensor:
         return queries.float()
 
     def average_rotation(self, count: int) -> Tensor | None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from nexusquant.math.rope import KeyFrame, RopeTable, Span
+from nexusquant.frame import KeyFrame
+from nexusquant.math.rope import RopeTable, Span
 from nexusquant.residual import OutputSide
 from nexusquant.statistics import LayerStatistics, Sampling, layer_statistics
 

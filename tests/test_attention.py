@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nexusquant import attention
-from nexusquant.attention import Mask, Partial, merge
+from nexusquant.kernels import reference
+from nexusquant.kernels.base import Partial
+from nexusquant.kernels.reference import merge
+from nexusquant.mask import Mask
 from nexusquant.tokens import ExactTokens
 from tests.attention_cases import (
     CPU,
@@ -20,7 +22,7 @@ from tests.attention_cases import (
     rope_frame,
 )  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+pytestmark = pytest.mark.usefixtures("poisoned_empty", "each_operator")
 
 
 @pytest.mark.parametrize("q_len", [1, 5, 40])
@@ -141,7 +143,7 @@ def test_empty_entries_and_empty_rows() -> None:
 @pytest.mark.parametrize("kind", ["none", "additive"])
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, limit: int, kind: str) -> None:
     """150 tokens in blocks of 64, the second wholly hidden from the first query."""
-    monkeypatch.setattr(attention, "_LOGITS", limit)
+    monkeypatch.setattr(reference, "_LOGITS", limit)
     index = torch.arange(150).view(1, 1, -1).expand(2, 1, -1)
     mask = None
     if kind == "additive":

@@ -9,7 +9,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from nexusquant.accounting import storage_bytes
 from nexusquant.compressor import Chunk, Stored, compress
 from nexusquant.errors import NonFiniteError
-from nexusquant.math.rope import KeyFrame, RopeTable, Span
+from nexusquant.frame import KeyFrame
+from nexusquant.math.rope import RopeTable, Span
 from nexusquant.tokens import CodedTokens
 from tests.chunks import CPU, at_slots, body_slots, chunk, config, decoded, dense, slots_of
 
@@ -50,7 +51,7 @@ def test_later_chunks_are_appended(codec: str, ratio: float, tiers: tuple[float,
         assert isinstance(new, CodedTokens)
         for name in ("key_rows", "value_rows"):
             was, now = getattr(old, name), getattr(new, name)
-            assert torch.equal(now[:, : was.shape[1]], was), "what is stored never changes"
+            assert torch.equal(now[:, :, : was.shape[2]], was), "what is stored never changes"
         assert torch.equal(new.gains[:, :, : old.gains.shape[2]], old.gains)
         assert torch.equal(new.key_centre.mean, old.key_centre.mean)
         assert (new.key_quantizer, new.value_quantizer) == (old.key_quantizer, old.value_quantizer)

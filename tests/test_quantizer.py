@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from nexusquant.errors import NonFiniteError
+from nexusquant.kernels.reference import Reference
 from nexusquant.layout import RowLayout
-from nexusquant.math.e8 import DISTORTION, HEADROOM, levels, nearest_ref
+from nexusquant.math.e8 import BITS, DISTORTION, HEADROOM, levels, nearest_ref
 from nexusquant.math.gains import LIMIT, decode_gain, encode_gain
 from nexusquant.math.transform import orthonormal
 from nexusquant.profile import LayerProfile, Profile, Side
@@ -77,7 +78,7 @@ def reference(q: Quantizer, x: Tensor, matrix: Tensor, mean: Tensor, scale: Tens
 
 def check(q: Quantizer, x: Tensor, centre: Centre, expected: Tensor) -> None:
     rows, gains = q.encode(x, centre)
-    assert rows.shape == (len(x), x.shape[2], q.layout.row_bytes)
+    assert rows.shape == (len(x), q.layout.row_bytes, x.shape[2])
     assert gains.shape == x.shape[:3]
     assert rows.dtype == gains.dtype == torch.uint8
     assert gains.max() <= 15
@@ -92,7 +93,7 @@ def check(q: Quantizer, x: Tensor, centre: Centre, expected: Tensor) -> None:
 @pytest.mark.parametrize("transform", ["hadamard", "identity"])
 @pytest.mark.parametrize("kind", ["companded", "uniform"])
 @pytest.mark.parametrize("bits", [1, 2, 5, 8])
-@pytest.mark.parametrize("overload", [0.9, 1.4])  # 1.0 meets a tie at 8 bits
+@pytest.mark.parametrize("overload", [0.9, 1.3])  # others meet ties at 8 bits
 def test_encoding_is_the_definition(transform: str, kind: str, bits: int, overload: float) -> None:
     q = quantizer(3, 40, bits, transform, levels=kind, overload=overload)
     x = torch.randn(2, 3, 17, 40) * torch.rand(2, 3, 17, 1) * 30 + torch.randn(40)
@@ -104,8 +105,7 @@ def test_encoding_is_the_definition(transform: str, kind: str, bits: int, overlo
 
 def test_rates_differ_between_groups_and_heads() -> None:
     q = Quantizer(RowLayout(MIXED), Orthonormal("hadamard", 32))
-    assert set(q.codes) == {1, 2, 3, 4, 8}
-    assert {bits: code.widen for bits, code in q.codes.items()} == {b: HEADROOM[b] for b in q.codes}
+    assert [q.book[bits].widen for bits in BITS] == [HEADROOM[bits] for bits in BITS]
     x = torch.randn(2, 3, 9, 32)
     expected = reference(q, x, orthonormal("hadamard", 32)[None], 0.0, 1.0)
     check(q, x, PLAIN, expected)
@@ -143,7 +143,7 @@ def test_some_heads_are_coded_as_among_all(
     some = q.of_heads(heads)
     own_rows, own_gains = some.encode(x[:, list(heads)], centre)
     mine = torch.isin(q.layout.head_of_byte(CPU), torch.tensor(heads))
-    assert torch.equal(own_rows, rows[..., mine])
+    assert torch.equal(own_rows, rows[:, mine])
     assert torch.equal(own_gains, gains[:, list(heads)])
     decoded = some.decode(own_rows, own_gains, centre)
     torch.testing.assert_close(decoded, q.decode(rows, gains, centre)[:, list(heads)])
@@ -166,7 +166,7 @@ def test_bases() -> None:
 def test_error_stays_near_the_gaussian_figure_at_every_size(bits: int) -> None:
     """The token gain is coarse, but dividing by the decoded one costs little."""
     q = quantizer(2, 128, bits, overload=1 / HEADROOM[bits])
-    for size, excess in ((0.3, 1.03), (1.0, 1.03), (2.5, 1.03), (6.0, 1.2), (100.0, 1.1)):
+    for size, excess in ((0.3, 1.03), (1.0, 1.03), (2.5, 1.03), (6.0, 1.2), (100.0, 1.15)):
         x = torch.randn(1, 2, 400, 128) * size
         error = (q.decode(*q.encode(x, PLAIN), PLAIN) - x).square().mean() / size**2
         assert float(error) < excess * DISTORTION[bits]
@@ -181,7 +181,8 @@ def test_a_vector_with_one_large_coordinate_gets_the_gain_it_needs(
     check(q, x, PLAIN, reference(q, x, torch.eye(256)[None], 0.0, 1.0))
     large, error = x[:, :, ::5], []
     for steps in (6, 0):
-        monkeypatch.setattr("nexusquant.quantizer._STEPS", steps)
+        monkeypatch.setattr("nexusquant.kernels.reference._STEPS", steps)
+        monkeypatch.setattr("nexusquant.quantizer.operator_for", lambda _: Reference())
         error.append((q.decode(*q.encode(large, PLAIN), PLAIN) - large).square().mean())
     assert error[0] < less * error[1]
 
@@ -212,7 +213,7 @@ def test_vectors_at_the_mean_keep_only_the_smallest_gains_noise() -> None:
     rows, gains = q.encode(x, Centre(mean))
     assert not gains.any()
     error = (q.decode(rows, gains, Centre(mean)) - x).square().mean().sqrt()
-    innermost = float(q.codes[4].levels().abs().min())
+    innermost = float(q.book[4].levels().abs().min())
     assert float(error) == pytest.approx(0.25 * innermost, rel=1e-3)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nexusquant import CompressionConfig
 from nexusquant.compressor import Chunk, Stored, compress
-from nexusquant.math.rope import KeyFrame
+from nexusquant.frame import KeyFrame
 from nexusquant.retention import WINDOW, attention_received, retain
 from tests.chunks import body_slots, shared, uneven
 

@@ -12,7 +12,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as apply_halves
 
 from nexusquant.accounting import storage_bytes
-from nexusquant.math.rope import ApplyRope, KeyFrame, RopeTable, Span, capture, rotate
+from nexusquant.frame import KeyFrame
+from nexusquant.math.rope import ApplyRope, RopeTable, Span, capture, rotate
 
 FREQUENCIES = 1.0 / 100 ** (torch.arange(4) / 4)  # for 8 rotated dimensions
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as apply_halves
 
-from nexusquant.math.rope import KeyFrame, RopeTable, capture
+from nexusquant.frame import KeyFrame
+from nexusquant.math.rope import RopeTable, capture
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def test_expected_attention_is_a_gaussian_expectation() -> None:
 def test_expected_attention_falls_back_when_the_future_is_unknown() -> None:
     @dataclass(frozen=True)
     class Unknown:
-        def remove(self, queries: Tensor) -> Tensor:
+        def remove(self, queries: Tensor, step: int = 1) -> Tensor:
             raise AssertionError("queries are used as they are")
 
         def average_rotation(self, count: int) -> Tensor | None:

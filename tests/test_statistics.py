@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from nexusquant.frame import KeyFrame
 from nexusquant.math.klt import RIDGE
-from nexusquant.math.rope import KeyFrame
 from nexusquant.statistics import CALIBRATION, PREFILL, LayerStatistics, Sampling
 from tests.statistics_cases import EVERYTHING, case, check, close
 

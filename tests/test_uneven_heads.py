@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from nexusquant.accounting import storage_bytes
-from nexusquant.attention import Mask
 from nexusquant.compressor import Stored, compress
-from nexusquant.math.rope import KeyFrame
+from nexusquant.frame import KeyFrame
+from nexusquant.mask import Mask
 from nexusquant.retention import attention_received, retain
 from nexusquant.slots import Slots
 from nexusquant.tokens import CodedTokens, ExactTokens

@@ -12,7 +12,8 @@ from nexusquant.accounting import storage_bytes
 from nexusquant.compressor import Chunk, Stored, compress
 from nexusquant.config import CompressionConfig, resolve_config
 from nexusquant.errors import ConfigError
-from nexusquant.tokens import CodedTokens, Part, spread
+from nexusquant.kernels.base import spread
+from nexusquant.tokens import CodedTokens, Part
 
 
 @dataclass(frozen=True)

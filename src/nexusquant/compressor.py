@@ -12,7 +12,7 @@ from torch import Tensor
 from nexusquant.budget import Selection, select_tokens, split_heads, split_tiers
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import NonFiniteError
-from nexusquant.math.rope import KeyFrame
+from nexusquant.frame import KeyFrame
 from nexusquant.plan import Coding, plan_coding
 from nexusquant.profile import Profile
 from nexusquant.scorers import ScoreInputs, checked_scores, get_scorer
@@ -114,10 +114,10 @@ class _QueryRope:
     def __init__(self, frame: KeyFrame, last_slot: int, dim: int) -> None:
         self.frame, self.last_slot, self.dim = frame, last_slot, dim
 
-    def remove(self, queries: Tensor) -> Tensor:
-        first = self.last_slot - queries.shape[2] + 1
-        slots = torch.arange(first, self.last_slot + 1, device=queries.device).view(1, 1, -1)
-        return self.frame.remove(queries, slots)
+    def remove(self, queries: Tensor, step: int = 1) -> Tensor:
+        first = self.last_slot - step * (queries.shape[2] - 1)
+        slots = torch.arange(first, self.last_slot + 1, step, device=queries.device)
+        return self.frame.remove(queries, slots.view(1, 1, -1))
 
     def average_rotation(self, count: int) -> Tensor | None:
         assert self.frame.table is not None
@@ -226,8 +226,11 @@ def _encode(
     """The kept tokens behind the past ones: tier by tier those of all heads, then the others."""
     empty = (index < 0)[..., None]
     slots = torch.where(index < 0, -1, index + chunk.start)
-    keys = frame.enter(gather_tokens(chunk.keys, index), slots).masked_fill(empty, 0)
-    values = gather_tokens(chunk.values, index).float().masked_fill(empty, 0)
+    everywhere = torch.arange(chunk.keys.shape[2], device=index.device).view(1, 1, -1)
+    keys = gather_tokens(frame.enter(chunk.keys, everywhere + chunk.start), index)
+    values = gather_tokens(chunk.values, index).float()
+    if bool(empty.any()):
+        keys, values = keys.masked_fill(empty, 0), values.masked_fill(empty, 0)
     old = [part for part in past.body if isinstance(part, CodedTokens)]
     if old:
         coding = Coding.of(old)

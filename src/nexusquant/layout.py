@@ -1,8 +1,9 @@
-"""Row layout: where the code of every 8-dimension group lies in a token's row of bytes.
+"""Row layout: where the code of every 8-dimension group lies among the bytes of a token.
 
-A row holds one token of every head, head after head, group after group, each group taking as many
-bytes as its rate (bits per dimension). Rates differ by head and group; groups of rate 0 are not
-stored and heads need not be equally long.
+A token takes one byte in each of `row_bytes` rows: head after head, group after group, each group
+taking as many rows as its rate (bits per dimension). Neighbours in a row are neighbouring tokens,
+so that vector units and coalesced loads read many tokens at once. Rates differ by head and group;
+groups of rate 0 are not stored and heads need not take equally many rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nexusquant.errors import ConfigError
-from nexusquant.math.e8 import BITS, GROUP, E8Code
+from nexusquant.math.e8 import BITS, GROUP, Book
 
 
 @dataclass(frozen=True)
@@ -58,31 +59,32 @@ class RowLayout:
         return torch.tensor(self.rates, device=device) > 0
 
     def head_of_byte(self, device: torch.device) -> Tensor:
-        """(row_bytes,) int64: which head a byte of the row belongs to."""
+        """(row_bytes,) int64: which head a row belongs to."""
         sizes = torch.tensor([sum(head) for head in self.rates], device=device)
         return torch.arange(self.heads, device=device).repeat_interleave(sizes)
 
-    def encode(self, x: Tensor, codes: dict[int, E8Code]) -> Tensor:
-        """x (batch, heads, tokens, dim) of unit variance -> (batch, tokens, row_bytes) uint8."""
+    def encode(self, x: Tensor, codes: Book) -> Tensor:
+        """x (batch, heads, tokens, dim) of unit variance -> (batch, row_bytes, tokens) uint8."""
         batch, _, tokens, _ = x.shape
-        groups = x.transpose(1, 2).unflatten(-1, (-1, GROUP)).flatten(2, 3)
-        out = torch.empty(batch, tokens, self.row_bytes, dtype=torch.uint8, device=x.device)
+        groups = x.unflatten(-1, (-1, GROUP)).transpose(2, 3).flatten(1, 2)  # (b, h g, tokens, 8)
+        out = torch.empty(batch, self.row_bytes, tokens, dtype=torch.uint8, device=x.device)
         for bits, (members, at) in _by_rate(self, x.device).items():
-            out[:, :, at] = codes[bits].encode(groups[:, :, members]).flatten(-2)
+            out[:, at] = codes[bits].encode(groups[:, members]).mT.flatten(1, 2)
         return out
 
-    def decode(self, rows: Tensor, codes: dict[int, E8Code]) -> Tensor:
+    def decode(self, rows: Tensor, codes: Book) -> Tensor:
         """Inverse of `encode`, (batch, heads, tokens, dim) fp32; groups of rate 0 become zeros."""
+        batch, _, tokens = rows.shape
         count = self.heads * self.groups
-        out = rows.new_zeros(*rows.shape[:-1], count, GROUP, dtype=torch.float32)
+        out = rows.new_zeros(batch, count, tokens, GROUP, dtype=torch.float32)
         for bits, (members, at) in _by_rate(self, rows.device).items():
-            out[:, :, members] = codes[bits].decode(rows[:, :, at].unflatten(-1, (-1, bits)))
-        return out.view(*rows.shape[:-1], self.heads, self.groups * GROUP).transpose(1, 2)
+            out[:, members] = codes[bits].decode(rows[:, at].unflatten(1, (-1, bits)).mT)
+        return out.unflatten(1, (self.heads, -1)).transpose(2, 3).flatten(3)
 
 
 @lru_cache(maxsize=4096)  # side x tier x layer x subset of heads
 def _by_rate(layout: RowLayout, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
-    """Rate to its members (indices into heads x groups) and their bytes in the row."""
+    """Rate to its members (indices into heads x groups) and their rows."""
     flat = [bits for head in layout.rates for bits in head]
     found: dict[int, tuple[list[int], list[int]]] = {}
     byte = 0

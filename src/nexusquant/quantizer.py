@@ -9,14 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nexusquant.errors import NonFiniteError
+from nexusquant.kernels import operator_for
+from nexusquant.kernels.base import Space, of_heads
 from nexusquant.layout import RowLayout
-from nexusquant.math.e8 import DISTORTION, GROUP, HEADROOM, E8Code
-from nexusquant.math.gains import GAINS, LIMIT, decode_gain, encode_gain
+from nexusquant.math.e8 import Book
 from nexusquant.math.transform import orthonormal
 from nexusquant.profile import Profile
-
-_STEPS = 6  # gains tried above a vector's size: two octaves
 
 
 class Basis(Protocol):
@@ -113,15 +111,19 @@ class Quantizer:
         return replace(self, layout=self.layout.of_heads(heads), heads=heads)
 
     @property
-    def codes(self) -> dict[int, E8Code]:
-        """The code of every rate in use."""
-        used = {bits for head in self.layout.rates for bits in head if bits}
-        return {b: E8Code(b, self.levels, self.overload * HEADROOM[b]) for b in used}
+    def book(self) -> Book:
+        """The codes of all rates."""
+        return Book(self.levels, self.overload)
+
+    def space(self, centre: Centre, device: torch.device) -> Space:
+        """Code space of a sequence."""
+        mean = self.basis.mean(device) if centre.mean is None else centre.mean
+        return Space(self.basis.inverse(device), mean, centre.scale)
 
     def encode(
         self, x: Tensor, centre: Centre, empty: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x (batch, heads, tokens, dim) -> rows (batch, tokens, row_bytes), gains (b, h, t) 0-15.
+        """x (batch, heads, tokens, dim) -> rows (batch, row_bytes, tokens), gains (b, h, t) 0-15.
 
         Args:
             empty: (batch or 1, heads or 1, tokens, 1) bool, entries whose vectors mean nothing.
@@ -134,83 +136,24 @@ class Quantizer:
             y = y.masked_fill(empty, 0)
         if centre.scale is not None:
             y = y / self._own(centre.scale).float()
-        y = y @ self._own(self.basis.forward(x.device)).mT
-        gains = self._gains(y)
-        return self.layout.encode(y / decode_gain(gains)[..., None], self.codes), gains
-
-    def _gains(self, y: Tensor) -> Tensor:
-        """Gain codes (b, h, t) of vectors in code space: their RMS, unless that clips too much."""
-        stored = self.layout.stored(y.device).repeat_interleave(GROUP, -1).float()
-        count = stored.sum(-1, keepdim=True).clamp(min=1)
-        rms = ((y.square() * stored[:, None]).sum(-1) / count).sqrt()
-        if not bool((rms <= LIMIT).all()):
-            bad = int((~(rms <= LIMIT)).sum())
-            raise NonFiniteError(
-                f"{bad} of {rms.numel()} vectors are NaN, infinite or over {LIMIT:.0f} times as"
-                " large as is usual there; they cannot be coded. Check the model's dtype and"
-                " inputs, or use codec='exact'."
-            )
-        gains = encode_gain(rms)
-        reach, price = self._clipping(y.device)
-        clipped = _clipped(y, decode_gain(gains), reach[:, None], price[:, None])
-        batch, head, token = (clipped > count * decode_gain(gains).square()).nonzero(as_tuple=True)
-        if len(head):
-            few = y[batch, head, token]
-            gains[batch, head, token] = _best_gain(
-                few, gains[batch, head, token], reach[head], price[head], count[head, 0]
-            )
-        return gains
-
-    def _clipping(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(heads, dim) largest level of every coordinate, and what squared error beyond it costs.
-
-        The allocation gives bits where distortion costs most, so that it costs the same everywhere:
-        the unit is the granular noise of a coordinate.
-        """
-        rates = torch.tensor(self.layout.rates)
-        reach, price = torch.zeros(2, len(DISTORTION))
-        for bits, code in self.codes.items():
-            reach[bits], price[bits] = code.levels()[-1], 1 / DISTORTION[bits]
-        return tuple(x[rates].repeat_interleave(GROUP, -1).to(device) for x in (reach, price))
+        y = (self._own(self.basis.forward(x.device)) @ y.mT).mT
+        return operator_for(x.device).encode(y, self.layout, self.book)
 
     def coordinates(self, rows: Tensor, gains: Tensor) -> Tensor:
         """Decoded but still in code space, (batch, heads, tokens, dim) fp32."""
-        return self.layout.decode(rows, self.codes) * decode_gain(gains)[..., None]
+        return operator_for(rows.device).decode(rows, gains, self.layout, self.book)
 
     def leave(self, y: Tensor, centre: Centre) -> Tensor:
         """Code space to vectors: of decoded tokens, or of sums of them with weights adding to 1."""
-        x = y @ self._own(self.basis.inverse(y.device)).mT
-        if centre.scale is not None:
-            x = x * self._own(centre.scale).float()
-        return x + self._mean(centre, y.device)
+        return self.space(centre, y.device).leave(y, self.heads)
 
     def _mean(self, centre: Centre, device: torch.device) -> Tensor:
         return self._own(self.basis.mean(device) if centre.mean is None else centre.mean).float()
 
     def _own(self, x: Tensor) -> Tensor:
         """x (..., heads or 1, n, m) of the layer, at the heads coded here."""
-        if self.heads is None or x.shape[-3] == 1:
-            return x
-        return x[..., list(self.heads), :, :]
+        return of_heads(x, self.heads)
 
     def decode(self, rows: Tensor, gains: Tensor, centre: Centre) -> Tensor:
         """Inverse of `encode` up to the code's distortion. (batch, heads, tokens, dim) fp32."""
         return self.leave(self.coordinates(rows, gains), centre)
-
-
-def _clipped(y: Tensor, gain: Tensor, reach: Tensor, price: Tensor) -> Tensor:
-    """What clipping costs vectors y (..., dim) coded with `gain` (...)."""
-    beyond = (y.abs() - reach * gain[..., None]).clamp(min=0)
-    return (beyond.square() * price).sum(-1)
-
-
-def _best_gain(y: Tensor, codes: Tensor, reach: Tensor, price: Tensor, count: Tensor) -> Tensor:
-    """The code, from `codes` (n,) up, with which clipping and granular noise of y (n, dim) cost
-    least; reach and price (n, dim), count (n,) coded coordinates."""
-    best, least = codes, torch.full_like(count, torch.inf)
-    for step in range(_STEPS + 1):
-        tried = (codes + step).clamp(max=GAINS - 1)
-        gain = decode_gain(tried)
-        cost = _clipped(y, gain, reach, price) + count * gain.square()
-        best, least = torch.where(cost < least, tried, best), torch.minimum(cost, least)
-    return best

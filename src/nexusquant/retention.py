@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from nexusquant.compressor import Stored
-from nexusquant.math.rope import KeyFrame
-from nexusquant.tokens import CodedTokens, Part, spread
+from nexusquant.frame import KeyFrame
+from nexusquant.kernels.base import spread
+from nexusquant.tokens import CodedTokens, Part
 
 WINDOW = 32
 """Queries that vote."""

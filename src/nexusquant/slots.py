@@ -25,6 +25,7 @@ class Slots:
     count: int
     gaps: Tensor | None = None  # (batch, heads or 1, count)
     bitmap: Tensor | None = None  # (batch, heads or 1, bytes) uint8, bit i of byte j: slot 8 j + i
+    last: int = -1  # no slot is larger, if any are stored
 
     @staticmethod
     def of(index: Tensor) -> Slots:
@@ -44,13 +45,18 @@ class Slots:
         narrow, span = _narrow(gaps), -(-(last - start + 1) // 8)
         trailing = not bool((empty[..., :-1] & ~empty[..., 1:]).any())
         if trailing and span < count * narrow.element_size():
-            return Slots(start, count, bitmap=_bitmap(index - start, empty, span))
-        return Slots(start, count, narrow)
+            return Slots(start, count, bitmap=_bitmap(index - start, empty, span), last=last)
+        return Slots(start, count, narrow, last=last)
 
     @property
     def stored(self) -> Tensor | None:
         """The one tensor there is, if any."""
         return self.gaps if self.gaps is not None else self.bitmap
+
+    @property
+    def stop(self) -> int:
+        """All slots are below."""
+        return self.start + self.count if self.stored is None else self.last + 1
 
     def positions(self, device: torch.device) -> Tensor:
         """(batch or 1, heads or 1, count) int64; -1 where empty."""

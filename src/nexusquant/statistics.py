@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nexusquant.math.rope import KeyFrame
+from nexusquant.frame import KeyFrame
 from nexusquant.moments import Moments
 from nexusquant.profile import SIDES, LayerProfile
 from nexusquant.residual import OutputSide

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nexusquant.kernels.base import Space
 from nexusquant.layout import RowLayout
+from nexusquant.math.e8 import Book
 from nexusquant.quantizer import Centre, Quantizer
 from nexusquant.slots import BatchFn, Slots
 
@@ -28,15 +30,6 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Tokens of x (batch, heads, tokens, dim) at index (batch, heads or 1, n); -1 reads token 0."""
     index = index.clamp(min=0).expand(-1, x.shape[1], -1)
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
-
-
-def spread(x: Tensor, heads: tuple[int, ...] | None, kv_heads: int, fill: float) -> Tensor:
-    """x (batch, heads of a part, ...) to all `kv_heads` of the layer, `fill` in the others."""
-    if heads is None:
-        return x
-    out = x.new_full((len(x), kv_heads, *x.shape[2:]), fill)
-    out[:, list(heads)] = x
-    return out
 
 
 @dataclass(frozen=True)
@@ -120,8 +113,8 @@ class CodedTokens:
     """Tokens stored as codes. Keys are in the frame of `KeyFrame`; centres are per batch row.
 
     Attributes:
-        key_rows, value_rows: (batch, tokens, bytes) uint8; entry i holds the i-th token of every
-            head, which need not be the same token (`slots`).
+        key_rows, value_rows: (batch, row_bytes, tokens) uint8; entry i holds the i-th token of
+            every head, which need not be the same token (`slots`).
         gains: (batch, kv_heads, tokens) uint8, the keys' in the low four bits.
         key_centre, value_centre: of all heads, shared by all parts of a layer.
         key_quantizer, value_quantizer: of the heads that are here.
@@ -179,8 +172,8 @@ class CodedTokens:
         """Views of some entries; the slots stay as they are."""
         return replace(
             self,
-            key_rows=self.key_rows[:, tokens],
-            value_rows=self.value_rows[:, tokens],
+            key_rows=self.key_rows[:, :, tokens],
+            value_rows=self.value_rows[:, :, tokens],
             gains=self.gains[:, :, tokens],
         )
 
@@ -196,6 +189,24 @@ class CodedTokens:
         """Decoded values still in code space."""
         return self.value_quantizer.coordinates(self.value_rows, self.gains >> 4)
 
+    @property
+    def layouts(self) -> tuple[RowLayout, RowLayout]:
+        """Of the rows of keys and values."""
+        return self.key_quantizer.layout, self.value_quantizer.layout
+
+    @property
+    def book(self) -> Book:
+        """The codes of both."""
+        return self.key_quantizer.book
+
+    @property
+    def spaces(self) -> tuple[Space, Space]:
+        """Code spaces of keys and values, of all heads of the layer."""
+        return (
+            self.key_quantizer.space(self.key_centre, self.device),
+            self.value_quantizer.space(self.value_centre, self.device),
+        )
+
     def continues(self, other: CodedTokens) -> bool:
         """Whether this may be appended to `other`: the same heads, coded alike."""
         mine = self.key_quantizer, self.value_quantizer
@@ -206,8 +217,8 @@ class CodedTokens:
         batch = self.gains.shape[0]
         return replace(
             self,
-            key_rows=torch.cat([self.key_rows, other.key_rows], 1),
-            value_rows=torch.cat([self.value_rows, other.value_rows], 1),
+            key_rows=torch.cat([self.key_rows, other.key_rows], 2),
+            value_rows=torch.cat([self.value_rows, other.value_rows], 2),
             gains=torch.cat([self.gains, other.gains], 2),
             slots=self.slots.append(other.slots, batch),
         )
@@ -222,7 +233,7 @@ class CodedTokens:
         at = self.slots.positions(self.device).expand(*index.shape[:2], -1).gather(2, index)
 
         def rows(x: Tensor, layout: RowLayout) -> Tensor:
-            return x.gather(1, index.mT[..., layout.head_of_byte(x.device)])
+            return x.gather(2, index[:, layout.head_of_byte(x.device)])
 
         return replace(
             self,

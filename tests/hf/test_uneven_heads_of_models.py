@@ -13,8 +13,8 @@ from transformers import DynamicCache
 from nexusquant import CompressionConfig, NexusCache, UnsupportedError, nexusquant_evict
 from nexusquant.accounting import storage_bytes
 from nexusquant.compressor import Stored, compress
+from nexusquant.frame import KeyFrame
 from nexusquant.hf.handle import Snapshot
-from nexusquant.math.rope import KeyFrame
 from nexusquant.slots import Slots
 from nexusquant.tokens import ExactTokens
 from tests.chunks import ragged, shared, uneven

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nexusquant.attention import Mask, attend
+from nexusquant.attention import attend
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.handle import KVHandle, Snapshot
 from nexusquant.hf.output_side import output_side
 from nexusquant.hf.passes import current_block, rotary_of
 from nexusquant.hf.rope_tables import rotary_frequencies
 from nexusquant.hf.tail import Call
+from nexusquant.mask import Mask
 from nexusquant.math.rope import Frequencies
 
 _REFUSED = ("position_bias", "indices", "block_indices", "cu_seq_lens_q")

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_map
 
 from nexusquant.compressor import Stored
 from nexusquant.errors import UnsupportedError
+from nexusquant.kernels.base import spread
 from nexusquant.slots import Slots
-from nexusquant.tokens import CodedTokens, ExactTokens, spread
+from nexusquant.tokens import CodedTokens, ExactTokens
 
 if TYPE_CHECKING:
     from nexusquant.hf.layer import CompactLayer

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from nexusquant.compressor import Chunk, Stored, compress
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import UnsupportedError
+from nexusquant.frame import KeyFrame
 from nexusquant.hf.batch import BatchOperations
 from nexusquant.hf.handle import KVHandle, Snapshot
 from nexusquant.hf.install import Lease
@@ -22,7 +23,7 @@ from nexusquant.hf.rope_tables import LayerRope, RopeBook, RotaryCall
 from nexusquant.hf.second_pass import note, reads_twice
 from nexusquant.hf.tail import Call, Tail
 from nexusquant.math.e8 import GROUP
-from nexusquant.math.rope import Frequencies, KeyFrame
+from nexusquant.math.rope import Frequencies
 from nexusquant.profile import Profile
 from nexusquant.retention import retain
 

@@ -14,9 +14,9 @@ from torch import nn
 from nexusquant.compressor import Chunk
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import ProfileError, UnsupportedError
+from nexusquant.frame import KeyFrame
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.math.e8 import GROUP
-from nexusquant.math.rope import KeyFrame
 from nexusquant.profile import Profile
 from nexusquant.profile_store import default_path, load_profile
 from nexusquant.residual import OutputSide

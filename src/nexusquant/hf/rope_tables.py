@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from nexusquant.errors import UnsupportedError
-from nexusquant.math.rope import Frequencies, KeyFrame, RopeTable, capture
+from nexusquant.frame import KeyFrame
+from nexusquant.math.rope import Frequencies, RopeTable, capture
 
 _NAME = "apply_rotary_pos_emb"
-Rows = dict[int, tuple[Tensor, Tensor]]
 
-# cos/sin computed for one forward pass: workspace, not cache content, dropped when the pass ends.
-_workspace: weakref.WeakKeyDictionary[RopeTable, Rows] = weakref.WeakKeyDictionary()
+# cos/sin and pages computed for one forward pass: workspace, not cache content, dropped when the
+# pass ends.
+_workspace: weakref.WeakKeyDictionary[RopeTable, dict[object, Any]] = weakref.WeakKeyDictionary()
 
 
 def forget_workspace(table: RopeTable) -> None:

@@ -33,3 +33,8 @@ def encode_gain(rms: Tensor) -> Tensor:
 def decode_gain(code: Tensor) -> Tensor:
     """Codes 0 to 15 to fp32 gains."""
     return torch.nn.functional.embedding(code.int(), _table(code.device)[0][:, None])[..., 0]
+
+
+def boundaries(device: torch.device) -> Tensor:
+    """The 15 boundaries between gains, fp32."""
+    return _table(device)[1]

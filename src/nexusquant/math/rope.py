@@ -28,6 +28,12 @@ _TILINGS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def tiled(tiling: str, width: int) -> Tensor:
+    """(width,) int64: which frequency a column of the rows belongs to."""
+    count = width if tiling == "once" else width // 2
+    return _TILINGS[tiling](torch.arange(count))
+
+
 @dataclass(frozen=True)
 class Span:
     """Rows of consecutive slots: positions and frequencies, or else the rows themselves."""
@@ -43,6 +49,14 @@ class Span:
         """Slots covered."""
         stored = self.positions if self.positions is not None else self.cos_sin()[0]
         return stored.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Columns of a row."""
+        if self.rows is not None:
+            return self.rows[0].shape[-1]
+        assert self.frequencies is not None
+        return len(self.frequencies) * (1 if self.tiling == "once" else 2)
 
     def cos_sin(self, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin at `positions` (default: its own), each (batch or 1, tokens, width)."""
@@ -129,21 +143,27 @@ def capture(cos: Tensor, sin: Tensor, positions: Tensor, candidates: Iterable[Fr
 def rotate(apply: ApplyRope, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """Rotate (or un-rotate) x (batch, heads, tokens, dim) by its own rows, in fp32.
 
-    cos, sin: (batch, heads, tokens, width) for every vector of x. Dimensions beyond the rotated
-    ones pass through.
+    cos, sin: (batch, heads or 1, tokens, width), of all heads or of each. Dimensions beyond the
+    rotated ones pass through.
     """
-    batch, heads, tokens, dim = x.shape
-    cos, sin = cos.float().flatten(0, 1), sin.float().flatten(0, 1)
-    flat = x.float().reshape(batch * heads, 1, tokens, dim)
-    width = _rotated_dims(apply, cos.shape[-1], dim)
-    turned = apply(flat[..., :width], flat[..., :width], cos, -sin if inverse else sin)[1]
+    shape, dim = x.shape, x.shape[-1]
+    cos, sin = cos.float(), sin.float()
+    width = rotated_dims(apply, cos.shape[-1], dim)
+    if cos.shape[1] > 1:  # heads at different positions are different sequences
+        x, cos, sin = (t.flatten(0, 1)[:, None] for t in (x, cos, sin))
+    cos, sin = cos[:, 0], sin[:, 0]
+    turns, rest = x[..., :width].float(), x[..., width:].float()
+    some = x.shape[1] // 2  # the functions take queries and keys; both are vectors to them
+    turned = torch.cat(apply(turns[:, :some], turns[:, some:], cos, -sin if inverse else sin), 1)
     if inverse:
-        turned = turned / (cos[:, None, :, :1].square() + sin[:, None, :, :1].square())
-    return torch.cat([turned, flat[..., width:]], -1).reshape(batch, heads, tokens, dim)
+        size = cos[:, None, :, :1].square() + sin[:, None, :, :1].square()
+        if bool(((size - 1).abs() > 1e-6).any()):  # an attention scaling (YaRN)
+            turned = turned / size
+    return (torch.cat([turned, rest], -1) if rest.shape[-1] else turned).view(shape)
 
 
 @lru_cache(maxsize=64)
-def _rotated_dims(apply: ApplyRope, width: int, dim: int) -> int:
+def rotated_dims(apply: ApplyRope, width: int, dim: int) -> int:
     """How many leading dims `apply` takes for rows of `width`: width, or twice that (gpt-oss)."""
     for dims in (width, 2 * width):
         if dims > dim:
@@ -211,11 +231,12 @@ class RopeTable:
 
     def turn(self, x: Tensor, slots: Tensor, rows: tuple[Tensor, Tensor], inverse: bool) -> Tensor:
         """Rotate x (batch, heads, n, dim) at `slots` (batch or 1, heads or 1, n) by `rows`."""
-        batch, heads = x.shape[:2]
-        index = slots.clamp(min=0).expand(batch, -1, -1)
+        index = slots.clamp(min=0)
+        batch = max(len(index), len(rows[0]))
+        index = index.expand(batch, -1, -1)
         wide = [r.expand(batch, -1, -1)[:, None].expand(-1, index.shape[1], -1, -1) for r in rows]
         where = index[..., None].expand(-1, -1, -1, wide[0].shape[-1])
-        cos, sin = (w.gather(2, where).expand(-1, heads, -1, -1) for w in wide)
+        cos, sin = (w.gather(2, where) for w in wide)
         return rotate(self.apply, x, cos, sin, inverse)
 
     def average_rotation(self, count: int, dim: int) -> Tensor | None:
@@ -232,65 +253,3 @@ class RopeTable:
         cos, sin = (t.mean(1, keepdim=True).expand(-1, dim, -1)[:, None] for t in (cos, sin))
         basis = torch.eye(dim, dtype=torch.float32, device=cos.device).expand(len(cos), 1, dim, dim)
         return rotate(self.apply, basis, cos, sin, inverse=False)[:, 0].mT
-
-
-class KeyFrame:
-    """The coordinates keys are coded in: RoPE undone up to the start of each key's page.
-
-    k_frame = R(-anchor) k with anchor(p) = p // page * page: page 1 removes RoPE, page B leaves
-    R(p mod B). Without a table, or with page 0, keys stay as the model rotated them. Rows are
-    computed once and kept in `rows`, which may be shared as long as the table does not change.
-    """
-
-    def __init__(
-        self,
-        table: RopeTable | None,
-        page: int,
-        rows: dict[int, tuple[Tensor, Tensor]] | None = None,
-    ) -> None:
-        self.table, self.page = table, page
-        self._rows = {} if rows is None else rows
-
-    @property
-    def rotates(self) -> bool:
-        """Whether `enter` does anything."""
-        return self.table is not None and self.page > 0
-
-    def of_row(self, row: int) -> KeyFrame:
-        """The frame of one batch row, for tensors of batch 1."""
-        if self.table is None:
-            return self
-        cos, sin = self._at(self.page)
-        picked = slice(row, row + 1) if len(cos) > 1 else slice(None)
-        return KeyFrame(self.table, self.page, {self.page: (cos[picked], sin[picked])})
-
-    def _at(self, page: int) -> tuple[Tensor, Tensor]:
-        assert self.table is not None
-        if page not in self._rows:
-            self._rows[page] = self.table.rows(page)
-        return self._rows[page]
-
-    def enter(self, keys: Tensor, slots: Tensor) -> Tensor:
-        """Post-RoPE keys (batch, heads, n, dim) at `slots` into the frame, fp32."""
-        if self.table is None or not self.rotates:
-            return keys.float()
-        return self.table.turn(keys, slots, self._at(self.page), inverse=True)
-
-    def leave(self, keys: Tensor, slots: Tensor) -> Tensor:
-        """Inverse of `enter`."""
-        if self.table is None or not self.rotates:
-            return keys.float()
-        return self.table.turn(keys, slots, self._at(self.page), inverse=False)
-
-    def adjoint(self, queries: Tensor, slots: Tensor) -> Tensor:
-        """Queries as keys in the frame at `slots` see them: q . leave(k) = adjoint(q) . k."""
-        if self.table is None or not self.rotates:
-            return queries.float()
-        cos, sin = self._at(self.page)
-        return self.table.turn(queries, slots, (cos, -sin), inverse=False)
-
-    def remove(self, x: Tensor, slots: Tensor) -> Tensor:
-        """Undo RoPE entirely, whatever the page."""
-        if self.table is None:
-            return x.float()
-        return self.table.turn(x, slots, self._at(1), inverse=True)

@@ -18,8 +18,11 @@ from nexusquant.errors import ConfigError, NonFiniteError
 class ScoringRope(Protocol):
     """The rotary embedding of one layer, for the queries of one call."""
 
-    def remove(self, queries: Tensor) -> Tensor:
-        """Post-RoPE `(batch, query_heads, q_len, head_dim)` to position-free, fp32."""
+    def remove(self, queries: Tensor, step: int = 1) -> Tensor:
+        """Post-RoPE `(batch, query_heads, n, head_dim)` to position-free, fp32.
+
+        They are every `step`-th query of the call, up to the last one.
+        """
 
     def average_rotation(self, count: int) -> Tensor | None:
         """`(batch, head_dim, head_dim)` fp32 matrix M; M q is the mean of R(p) q over the next

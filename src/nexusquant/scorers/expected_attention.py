@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nexusquant.scorers.base import ScoreInputs
 
+_SAMPLE = 1024  # queries of the statistics at most, evenly spaced
 _BLOCK = 4096  # tokens in fp32 at once: bounds the extra memory on long prompts
 
 
@@ -73,14 +74,17 @@ class ExpectedAttention:
     ) -> tuple[Tensor, Tensor]:
         """Mean `(batch, query_heads, dim)` and covariance `(..., dim, dim)` of future queries."""
         rotation = None if inputs.rope is None else inputs.rope.average_rotation(self.future)
+        step = 1
         if inputs.rope is None or rotation is None:
             queries = inputs.queries[:, :, -self.future :]
         else:
-            queries = inputs.rope.remove(inputs.queries)
-        seen = queries.shape[2]
-        voters = body[:, body.shape[1] - seen :]
+            step = -(-inputs.queries.shape[2] // _SAMPLE)
+            queries = inputs.queries[:, :, (inputs.queries.shape[2] - 1) % step :: step]
+            queries = inputs.rope.remove(queries, step)
+        first = body.shape[1] - 1 - step * (queries.shape[2] - 1)
+        voters, valid = body[:, first::step], valid[:, first::step]
         # A prompt that is nothing but sinks has to be judged by those.
-        voters = torch.where(voters.any(-1, keepdim=True), voters, valid[:, -seen:])
+        voters = torch.where(voters.any(-1, keepdim=True), voters, valid)
         voters = voters[:, None, :, None]
         count = voters.sum(2).clamp_min(1)
 
