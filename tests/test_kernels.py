@@ -309,3 +309,19 @@ def test_kernels_leave_the_number_of_threads_alone() -> None:
         [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
     )
     assert done.stdout.split() == ["1"]
+
+
+@pytest.mark.skipif(not FAST, reason="needs Numba")
+def test_many_threads_where_numba_takes_one_caller_at_a_time() -> None:
+    """Its own thread pool, for want of OpenMP, ends the process when two threads call at once."""
+    code = (
+        "import torch; from concurrent.futures import ThreadPoolExecutor;"
+        " from nexusquant import NexusQuantSimple; x = torch.randn(1, 4, 4000, 64);"
+        " work = lambda _: NexusQuantSimple().encode(x, x).nbytes;"
+        " print(len(set(ThreadPoolExecutor(8).map(work, range(40)))))"
+    )
+    environment = {**os.environ, "NUMBA_THREADING_LAYER": "workqueue"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["1"]

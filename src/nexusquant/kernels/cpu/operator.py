@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +57,12 @@ class Numba(Reference):
         codes, groups = code_tables(book), group_table(layout)
         rows = torch.empty(batch, layout.row_bytes, tokens, dtype=torch.uint8)
         gains = torch.empty(batch, heads, tokens, dtype=torch.uint8)
-        _use_threads()
-        bad = encode.encode(
-            codes.ctypes.data, gain_table().ctypes.data, np.float32(LIMIT), groups.ctypes.data,
-            layout.groups + 1, batch, heads, dim, tokens, columns.data_ptr(), rows.data_ptr(),
-            gains.data_ptr(),
-        )  # fmt: skip
+        with _threads():
+            bad = encode.encode(
+                codes.ctypes.data, gain_table().ctypes.data, np.float32(LIMIT), groups.ctypes.data,
+                layout.groups + 1, batch, heads, dim, tokens, columns.data_ptr(), rows.data_ptr(),
+                gains.data_ptr(),
+            )  # fmt: skip
         if bad:
             raise too_large(bad, gains.numel())
         return rows, gains
@@ -71,12 +73,12 @@ class Numba(Reference):
         batch, heads, tokens = gains.shape
         codes, groups = code_tables(book), group_table(layout)
         y = torch.zeros(batch, heads, 8 * layout.groups, tokens)
-        _use_threads()
-        encode.decode(
-            codes.ctypes.data, gain_table().ctypes.data, groups.ctypes.data, layout.groups + 1,
-            batch, heads, y.shape[2], tokens, (rows.data_ptr(), *rows.stride()[:2]),
-            (gains.data_ptr(), *gains.stride()[:2]), y.data_ptr(),
-        )  # fmt: skip
+        with _threads():
+            encode.decode(
+                codes.ctypes.data, gain_table().ctypes.data, groups.ctypes.data, layout.groups + 1,
+                batch, heads, y.shape[2], tokens, (rows.data_ptr(), *rows.stride()[:2]),
+                (gains.data_ptr(), *gains.stride()[:2]), y.data_ptr(),
+            )  # fmt: skip
         return y.mT
 
     def decode_attention(self, request: Request) -> Partial:
@@ -181,22 +183,27 @@ def _attend(request: Request) -> Partial | None:
         np.float32(request.softcap or 0),
     )  # fmt: skip
     output, lse = (torch.empty(batch, kv_heads, held, n) for n in (dim_v, 1))
-    _use_threads()
-    attend.attend(
-        (0,) * held, call, _bias(request.mask, q_len, kv_heads, keep), *plan.spaces, plan.table,
-        table, output.data_ptr(), lse.data_ptr(),
-    )  # fmt: skip
+    with _threads():
+        attend.attend(
+            (0,) * held, call, _bias(request.mask, q_len, kv_heads, keep), *plan.spaces, plan.table,
+            table, output.data_ptr(), lse.data_ptr(),
+        )  # fmt: skip
     del keep
     return Partial(*(x[:, :, :rows].unflatten(2, (-1, q_len)) for x in (output, lse)))
 
 
-def _use_threads() -> None:
-    """As many as PyTorch uses."""
+_turn = threading.Lock()
+
+
+def _threads() -> AbstractContextManager[object]:
+    """As many as PyTorch uses; one caller at a time where Numba's threads take only one."""
     wanted = torch.get_num_threads()
     most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # set as it loads
     numba.set_num_threads(min(wanted, most))
     if torch.get_num_threads() != wanted:  # starting its threads, Numba tells OpenMP how many
         torch.set_num_threads(wanted)
+    layer = numba.threading_layer()  # type: ignore[attr-defined]  # public, but not in its stubs
+    return _turn if layer == "workqueue" else nullcontext()
 
 
 def _splits(pages: Pages, heads: int) -> int:
