@@ -14,8 +14,10 @@ from transformers import LlamaForCausalLM
 from benchmarks.calibrated import Profiles
 from benchmarks.competitors import Prompt
 from nexusquant import scorers
-from nexusquant.kernels import operators, use_operator
+from nexusquant.kernels import _made, operators, use_operator
+from nexusquant.kernels.base import Operator
 from tests.bench_cases import profiles_of, prompt_of
+from tests.kernel_cases import FAST
 from tests.tiny_checkpoint import save_folder, tiny_model
 
 
@@ -101,3 +103,9 @@ def each_operator(request: pytest.FixtureRequest) -> Iterator[str]:
     before = use_operator(request.param)
     yield request.param
     use_operator(before)
+
+
+@pytest.fixture(params=FAST)
+def fast(request: pytest.FixtureRequest) -> Operator:
+    """Every operator but the reference."""
+    return _made(request.param)

@@ -132,7 +132,7 @@ def _merge(call, value, row, R, tops, sums, sent, output, lse):
         coded, own = f32(0), f32(0)
         code[:] = 0
         for split in range(call.splits + 1):
-            if tops[split, r] == HIDDEN:
+            if tops[split, r] == HIDDEN and sums[split, r] == 0:
                 continue
             weight = f32(math.exp(tops[split, r] - best))
             mass += weight * sums[split, r]
@@ -143,8 +143,8 @@ def _merge(call, value, row, R, tops, sums, sent, output, lse):
             for d in range(dim):
                 code[d] += weight * sent[split, r, d]
         for i in range(dim):
-            x = own * sent[call.splits, r, i] if own > 0 else f32(0)
-            if coded > 0:
+            x = own * sent[call.splits, r, i] if own != 0 else f32(0)
+            if coded != 0:
                 y = f32(0)
                 for d in range(dim):
                     y += get_float(inverse, i * dim + d) * code[d]
@@ -154,8 +154,8 @@ def _merge(call, value, row, R, tops, sums, sent, output, lse):
                 if value.mean:
                     y += coded * get_number(value.mean, value.mean_kind, row * value.mean_row + i)
                 x += y
-            put_float(output, r * dim + i, x / mass if mass > 0 else f32(0))
-        put_float(lse, r, best + f32(math.log(mass)) if mass > 0 else HIDDEN)
+            put_float(output, r * dim + i, x / mass if mass != 0 else f32(0))
+        put_float(lse, r, best + f32(math.log(mass)) if mass != 0 else HIDDEN)
 
 
 @njit(parallel=True)

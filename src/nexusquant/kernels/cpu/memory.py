@@ -12,10 +12,10 @@ from nexusquant.kernels.cpu.simd import (
     BYTE,
     FLOAT,
     HALF,
+    I32,
     LANES,
     WORD,
     F,
-    I,
     M,
     call,
     pointer,
@@ -50,7 +50,7 @@ def load_ints(_: Any, address: Any, index: Any) -> Any:
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return read_vector(builder, *args, WORD)
 
-    return I(types.intp, types.intp), lower
+    return I32(types.intp, types.intp), lower
 
 
 @intrinsic
@@ -58,9 +58,9 @@ def load_bytes(_: Any, address: Any, index: Any) -> Any:
     """16 bytes at address + index, as int32 lanes of 0 to 255."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.zext(read_vector(builder, *args, BYTE), I.ir)
+        return builder.zext(read_vector(builder, *args, BYTE), I32.ir)
 
-    return I(types.intp, types.intp), lower
+    return I32(types.intp, types.intp), lower
 
 
 @intrinsic
@@ -71,9 +71,9 @@ def load_some_bytes(_: Any, address: Any, index: Any, lanes: Any) -> Any:
         whole = ir.VectorType(BYTE, LANES)
         place = pointer(builder, args[0], args[1], BYTE, whole)
         values = (place, WORD(1), args[2], ir.Constant(whole, None))
-        return builder.zext(call(builder, "llvm.masked.load.v16i8.p0", whole, values), I.ir)
+        return builder.zext(call(builder, "llvm.masked.load.v16i8.p0", whole, values), I32.ir)
 
-    return I(types.intp, types.intp, M), lower
+    return I32(types.intp, types.intp, M), lower
 
 
 @intrinsic
@@ -97,7 +97,7 @@ def store_bytes(_: Any, address: Any, index: Any, value: Any) -> Any:
         builder.store(builder.trunc(args[2], whole), place).align = 1
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp, I), lower
+    return types.void(types.intp, types.intp, I32), lower
 
 
 @intrinsic
@@ -111,7 +111,7 @@ def store_some_bytes(_: Any, address: Any, index: Any, value: Any, lanes: Any) -
         call(builder, "llvm.masked.store.v16i8.p0", ir.VoidType(), values)
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp, I, M), lower
+    return types.void(types.intp, types.intp, I32, M), lower
 
 
 @intrinsic
@@ -139,7 +139,7 @@ def lookup(_: Any, address: Any, index: Any) -> Any:
             out = builder.insert_element(out, value, WORD(lane))
         return out
 
-    return F(types.intp, I), lower
+    return F(types.intp, I32), lower
 
 
 def _scalar(element: ir.Type, kind: Any, write: bool) -> Any:

@@ -163,7 +163,7 @@ def _attend(request: Request) -> Partial | None:
     slots = max((part.slots.stop for part in coded), default=1)
     pages = pages_of(request.frame, slots, dim, request.query.device)
     plan = _plan(coded, batch, kv_heads)
-    if pages is None or plan is None:
+    if pages is None or plan is None or pages.slots < slots:
         return None
     keep: list[Any] = []  # alive until the kernel returns
     held = next(n for n in ROWS if n >= rows)
@@ -179,7 +179,7 @@ def _attend(request: Request) -> Partial | None:
         pages.turns.shape[2], pages.turns.shape[1] // 2, pages.turns.data_ptr(), _row(pages.turns),
         pages.page_of.data_ptr(), _row(pages.page_of), pages.rotary.data_ptr(), plan.width,
         _splits(pages, batch * kv_heads), 0 if sinks is None else sinks.data_ptr(), plan.entries,
-        code_tables(coded[0].book).ctypes.data if coded else 0, gain_table().ctypes.data,
+        _address(code_tables(coded[0].book), keep) if coded else 0, gain_table().ctypes.data,
         np.float32(request.softcap or 0),
     )  # fmt: skip
     output, lse = (torch.empty(batch, kv_heads, held, n) for n in (dim_v, 1))
@@ -254,9 +254,11 @@ def _describe(part: Coded, kv_heads: int, row: np.ndarray, keep: list[Any]) -> N
 
 def _describe_exact(part: Exact, kv_heads: int, row: np.ndarray, keep: list[Any]) -> None:
     """A line about an uncoded part."""
+    # One of the two may have been kept wider, as it would have overflowed.
+    wide = torch.promote_types(part.keys.dtype, part.values.dtype)
     keys, values = (
         x if x.stride(-1) == 1 else x.contiguous()
-        for x in (part.keys, part.values.to(part.keys.dtype))
+        for x in (part.keys.to(wide), part.values.to(wide))
     )
     keep += [keys, values]
     row[at.KEYS : at.KEY_TOKEN + 1] = keys.data_ptr(), *keys.stride()[:3]

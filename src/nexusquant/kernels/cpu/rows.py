@@ -116,7 +116,10 @@ def rows_choose(_: Any, lanes: Any, yes: Any, no: Any) -> Any:
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         other = cgutils.unpack_tuple(builder, args[2], yes.count)
-        change = lambda row, x: builder.select(args[0], x, other[row])  # noqa: E731
+
+        def change(row: int, x: Any) -> Any:
+            return builder.select(args[0], x, other[row])
+
         return _each(context, builder, yes, args[1], change)
 
     return yes(M, yes, yes), lower

@@ -3,7 +3,7 @@
 LLVM splits them where the CPU's registers are narrower. Memory is addressed by an integer and an
 index in elements; nothing checks bounds.
 
-    F   16 x float32     I   16 x int32     M   16 x bool     (F, ..., F)   rows, in registers
+    F   16 x float32     I32   16 x int32     M   16 x bool     (F, ..., F)   rows, in registers
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Vector(types.Type):
 
 
 F = _Vector("float32x16", FLOAT)
-I = _Vector("int32x16", WORD)  # noqa: E741
+I32 = _Vector("int32x16", WORD)
 M = _Vector("boolx16", ir.IntType(1))
 
 
@@ -70,7 +70,7 @@ def call(builder: Any, name: str, result: ir.Type, args: Any) -> Any:
 @intrinsic
 def splat(_: Any, value: Any) -> Any:
     """A float32 or int32 in all lanes."""
-    kind = F if value == types.float32 else I
+    kind = F if value == types.float32 else I32
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return spread(builder, args[0], kind)
@@ -83,9 +83,9 @@ def lane_numbers(_: Any) -> Any:
     """0 to 15."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return ir.Constant(I.ir, list(range(LANES)))
+        return ir.Constant(I32.ir, list(range(LANES)))
 
-    return I(), lower
+    return I32(), lower
 
 
 @intrinsic
@@ -105,7 +105,7 @@ def to_float(_: Any, value: Any) -> Any:
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.sitofp(args[0], F.ir)
 
-    return F(I), lower
+    return F(I32), lower
 
 
 @intrinsic
@@ -113,9 +113,9 @@ def to_int(_: Any, value: Any) -> Any:
     """float32 to int32, towards zero."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.fptosi(args[0], I.ir)
+        return builder.fptosi(args[0], I32.ir)
 
-    return I(F), lower
+    return I32(F), lower
 
 
 @intrinsic
@@ -125,7 +125,7 @@ def as_float(_: Any, value: Any) -> Any:
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.bitcast(args[0], F.ir)
 
-    return F(I), lower
+    return F(I32), lower
 
 
 @intrinsic
@@ -152,7 +152,7 @@ def any_lane(_: Any, lanes: Any) -> Any:
 
 @intrinsic
 def exp(_: Any, value: Any) -> Any:
-    """e^x of x <= 88, to 2 units in the last place; 0 below -87."""
+    """e^x of x <= 88, to 2 units in the last place; 0 below -87, NaN of NaN."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         # 2^n 2^f with n the nearest integer and 2^f a polynomial (minimax on -1/2 to 1/2)
@@ -168,9 +168,10 @@ def exp(_: Any, value: Any) -> Any:
         y = constant(_EXP2[-1])
         for c in reversed(_EXP2[:-1]):
             y = call(builder, "llvm.fma.v16f32", F.ir, [y, f, constant(c)])
-        exponent = builder.shl(builder.fptosi(n, I.ir), ir.Constant(I.ir, [23] * LANES))
-        scaled = builder.bitcast(builder.add(builder.bitcast(y, I.ir), exponent), F.ir)
-        return builder.select(low, scaled, constant(0.0))
+        exponent = builder.shl(builder.fptosi(n, I32.ir), ir.Constant(I32.ir, [23] * LANES))
+        scaled = builder.bitcast(builder.add(builder.bitcast(y, I32.ir), exponent), F.ir)
+        known = builder.fcmp_ordered("ord", args[0], args[0])
+        return builder.select(known, builder.select(low, scaled, constant(0.0)), args[0])
 
     return F(F), lower
 
@@ -256,7 +257,7 @@ for _op, _floats, _ints in (
     if _floats:
         _pairwise(_op, F, F, lambda builder, a, b, name=_floats: getattr(builder, name)(a, b))
     if _ints:
-        _pairwise(_op, I, I, lambda builder, a, b, name=_ints: getattr(builder, name)(a, b))
+        _pairwise(_op, I32, I32, lambda builder, a, b, name=_ints: getattr(builder, name)(a, b))
 for _op, _sign in (
     (operator.lt, "<"),
     (operator.gt, ">"),
@@ -264,7 +265,7 @@ for _op, _sign in (
     (operator.eq, "=="),
 ):
     _pairwise(_op, F, M, lambda builder, a, b, s=_sign: builder.fcmp_ordered(s, a, b))
-    _pairwise(_op, I, M, lambda builder, a, b, s=_sign: builder.icmp_signed(s, a, b))
+    _pairwise(_op, I32, M, lambda builder, a, b, s=_sign: builder.icmp_signed(s, a, b))
 _pairwise(operator.and_, M, M, lambda builder, a, b: builder.and_(a, b))
 _pairwise(operator.or_, M, M, lambda builder, a, b: builder.or_(a, b))
 

@@ -200,7 +200,7 @@ def weigh(R, logits, blocks, gains, part, b, hp, t0, tops, sums, output, dims):
         mass = splat(f32(0))
         for block in range(blocks):
             x = load(logits, r * TILE + LANES * block)
-            p = splat(f32(0))
+            p = choose(x == x, splat(f32(0)), x)  # NaN stays NaN
             if best > HIDDEN:
                 p = exp(x - splat(best))
             mass = mass + p
@@ -270,7 +270,7 @@ def exact_part(call, bias, part, b, h, hp, R, query, where, tops, sums, output, 
             if x == HIDDEN:
                 continue
             decay = f32(1)
-            if x > old:
+            if x > old or x != x:  # NaN spreads
                 decay = f32(math.exp(old - x)) if old > HIDDEN else f32(0)
                 put_float(tops, r, x)
             p = f32(math.exp(x - max(x, old)))
