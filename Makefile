@@ -1,7 +1,7 @@
 # make demo     a small real model answers with a plain and with a compressed cache
 # make test     everything CI checks: lint, format, types, layering, tests
 # make test-all the same with the slow tests
-# make bench    times of the cache and of its kernels, beside the uncompressed ones
+# make bench    times of the cache and of its CPU kernels, beside the uncompressed ones
 # make format   apply ruff's formatting and fixes
 #
 # PYTHON=python3.12 picks the interpreter of a new .venv, PIP_FLAGS=... goes to pip install,

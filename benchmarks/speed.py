@@ -90,7 +90,7 @@ def model(
     for row in rows:
         cells = [f"{row[key]:.{digits}f}" for key, digits in _COLUMNS]
         table.add_row(f"{row['tokens']:,}", row["cache"], *cells)
-    _report(table, {"model": Path(name).name, "dtype": dtype, "rows": rows}, json_file)
+    report(table, {"model": Path(name).name, "dtype": dtype, "rows": rows}, json_file)
 
 
 _COLUMNS = (
@@ -161,7 +161,7 @@ def kernels(
     if len(contexts) > 1:
         for what in dict.fromkeys(row["what"] for row in rows):
             table.add_row("", what, "", "", "", "", f"exponent {_exponent(rows, what):.2f}")
-    _report(table, {"heads": heads, "group": group, "dim": dim, "rows": rows}, json_file)
+    report(table, {"heads": heads, "group": group, "dim": dim, "rows": rows}, json_file)
 
 
 def _kernel_rows(
@@ -169,7 +169,7 @@ def _kernel_rows(
 ) -> list[dict[str, Any]]:
     shape = (1, heads, length, dim)
     query, keys, values = (torch.randn(s) for s in ((1, heads * group, 1, dim), shape, shape))
-    options = {"frame": _frame(length + 1, dim), "scaling": dim**-0.5}
+    options = {"frame": half_rotated(length + 1, dim), "scaling": dim**-0.5}
     rows: list[dict[str, Any]] = []
 
     def add(what: str, call: Callable[[], object], elements: int, bytes_read: float) -> None:
@@ -210,8 +210,8 @@ def _kernel_rows(
     return rows
 
 
-def _frame(slots: int, dim: int) -> KeyFrame:
-    """Rotated in halves, pages of 32."""
+def half_rotated(slots: int, dim: int) -> KeyFrame:
+    """Pages of 32 slots, rotated like Llama's."""
 
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         def turn(x: Tensor) -> Tensor:
@@ -237,10 +237,7 @@ def _tiers(keys: Tensor, values: Tensor, rates: Sequence[float]) -> list[CodedTo
         end = min(begin + round(share * tokens), tokens)
         index = order[..., begin:end].sort(-1).values
         begin = end
-        bits = [0] * groups
-        for _ in range(round(rate * groups)):
-            bits[min(range(groups), key=lambda g: bits[g] + 3.2 * g / groups * (rate != 2))] += 1
-        quantizer = Quantizer(RowLayout((tuple(bits),) * heads), basis)
+        quantizer = Quantizer(RowLayout((falling_rates(groups, rate),) * heads), basis)
         at = index[..., None].expand(-1, -1, -1, dim)
         parts.append(
             CodedTokens.encode(
@@ -249,6 +246,14 @@ def _tiers(keys: Tensor, values: Tensor, rates: Sequence[float]) -> list[CodedTo
             )
         )  # fmt: skip
     return parts
+
+
+def falling_rates(groups: int, rate: float) -> tuple[int, ...]:
+    """Rates of `rate` bits on average; all alike at 2 bits, otherwise falling like variances do."""
+    bits = [0] * groups
+    for _ in range(round(rate * groups)):
+        bits[min(range(groups), key=lambda g: bits[g] + 3.2 * g / groups * (rate != 2))] += 1
+    return tuple(bits)
 
 
 def _exponent(rows: Sequence[dict[str, Any]], what: str) -> float:
@@ -269,7 +274,7 @@ def _wait(x: Tensor) -> None:
         torch.cuda.synchronize(x.device)
 
 
-def _report(table: Table, result: dict[str, Any], json_file: Path | None) -> None:
+def report(table: Table, result: dict[str, Any], json_file: Path | None) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)

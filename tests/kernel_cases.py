@@ -10,6 +10,7 @@ from nexusquant.kernels import operators
 from nexusquant.kernels.base import Operator, Request
 from nexusquant.kernels.reference import Reference
 from nexusquant.layout import RowLayout
+from nexusquant.math.e8 import Book
 from nexusquant.quantizer import Centre, Orthonormal, Quantizer
 from nexusquant.slots import Slots
 from nexusquant.tokens import CodedTokens
@@ -44,12 +45,22 @@ def layout_of(heads: int, groups: int, top: int) -> RowLayout:
     )
 
 
-def check(fast: Operator, request: Request, taken: bool = True) -> None:
+def same_but_for_ties(
+    rows: Tensor, expected: tuple[Tensor, Tensor], layout: RowLayout, book: Book
+) -> None:
+    """Rows of the same gains: few words differ."""
+    theirs, gains = expected
+    mine, other = (Reference().decode(x, gains, layout, book) for x in (rows, theirs))
+    words = (mine != other).unflatten(-1, (-1, 8)).any(-1)
+    assert words.sum() <= 1e-4 * words.numel() + 2, "more than ties"
+
+
+def check(fast: Operator, request: Request, taken: bool = True, within: float = 2e-5) -> None:
     """Equal to the reference, and not by asking it (unless not `taken`)."""
     theirs = Reference().decode_attention(request)
     with pytest.MonkeyPatch.context() as patch:
         if taken:
             patch.delattr(Reference, "decode_attention")
         mine = fast.decode_attention(request)
-    torch.testing.assert_close(mine.output, theirs.output, rtol=1e-4, atol=2e-5)
-    torch.testing.assert_close(mine.lse, theirs.lse, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(mine.output, theirs.output, rtol=1e-4, atol=within)
+    torch.testing.assert_close(mine.lse, theirs.lse, rtol=1e-4, atol=within)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nexusquant.kernels import operator_for
-from nexusquant.kernels.base import Space, of_heads
+from nexusquant.kernels.base import Entry, Space, of_heads
 from nexusquant.layout import RowLayout
 from nexusquant.math.e8 import Book
 from nexusquant.math.transform import orthonormal
@@ -131,13 +131,10 @@ class Quantizer:
         Raises:
             NonFiniteError: NaN, infinity, or vectors far beyond the others of the sequence.
         """
-        y = x.float() - self._mean(centre, x.device)
-        if empty is not None:  # zeros would be far off where the mean is large
-            y = y.masked_fill(empty, 0)
-        if centre.scale is not None:
-            y = y / self._own(centre.scale).float()
-        y = (self._own(self.basis.forward(x.device)) @ y.mT).mT
-        return operator_for(x.device).encode(y, self.layout, self.book)
+        mean = self.basis.mean(x.device) if centre.mean is None else centre.mean
+        scale = None if centre.scale is None else self._own(centre.scale)
+        entry = Entry(self._own(self.basis.forward(x.device)), self._own(mean), scale, empty)
+        return operator_for(x.device).encode(x, self.layout, self.book, entry)
 
     def coordinates(self, rows: Tensor, gains: Tensor) -> Tensor:
         """Decoded but still in code space, (batch, heads, tokens, dim) fp32."""
@@ -146,9 +143,6 @@ class Quantizer:
     def leave(self, y: Tensor, centre: Centre) -> Tensor:
         """Code space to vectors: of decoded tokens, or of sums of them with weights adding to 1."""
         return self.space(centre, y.device).leave(y, self.heads)
-
-    def _mean(self, centre: Centre, device: torch.device) -> Tensor:
-        return self._own(self.basis.mean(device) if centre.mean is None else centre.mean).float()
 
     def _own(self, x: Tensor) -> Tensor:
         """x (..., heads or 1, n, m) of the layer, at the heads coded here."""

@@ -14,7 +14,7 @@ def info() -> None:
     from nexusquant.kernels import operator_for, operators
 
     table = Table("package", "version")
-    for name in ("nexusquant", "torch", "transformers", "numba"):
+    for name in ("nexusquant", "torch", "transformers", "numba", "triton"):
         table.add_row(name, _version(name))
     console = Console()
     console.print(table)

@@ -1,7 +1,7 @@
 """The three operations on codes, and who does them on which device.
 
-An operator (`base.Operator`) encodes, decodes and attends. `reference` is the specification; `cpu`
-needs Numba. `NEXUSQUANT_OPERATOR=reference`, or `use_operator`, overrides the choice.
+An operator (`base.Operator`) encodes, decodes and attends. `reference` is the specification, `cpu`
+needs Numba, `gpu` Triton. `NEXUSQUANT_OPERATOR=reference`, or `use_operator`, overrides the choice.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from nexusquant.errors import ConfigError
 from nexusquant.kernels.base import Operator
 
 _KNOWN = {
+    "triton": ("cuda", "nexusquant.kernels.gpu.operator", "Triton"),
     "numba": ("cpu", "nexusquant.kernels.cpu.operator", "Numba"),
     "reference": ("", "nexusquant.kernels.reference", "Reference"),
 }
-"""Name to the device that it is for ("" for any), module and class; first the fastest."""
+"""Name to the device that it is for ("" for any), module and class; first the fastest. What is
+named like a package needs it."""
 _forced: str | None = os.environ.get("NEXUSQUANT_OPERATOR") or None
 
 
@@ -79,5 +81,5 @@ def _made(name: str) -> Operator:
     try:
         made: Operator = getattr(importlib.import_module(module), kind)()
     except ImportError as error:
-        raise ConfigError(f"operator {name!r} cannot run: {error}. pip install numba") from error
+        raise ConfigError(f"operator {name!r} cannot run: {error}. pip install {name}") from error
     return made

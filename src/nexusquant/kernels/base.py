@@ -47,6 +47,32 @@ class Space:
         )
 
 
+@dataclass(frozen=True)
+class Entry:
+    """The way into code space: y = forward @ ((x - mean) / scale).
+
+    Attributes:
+        forward: (heads or 1, dim, dim) fp32.
+        mean: (batch or 1, heads or 1, 1, dim or 1).
+        scale: (batch, heads or 1, 1, dim or 1), None for 1.
+        empty: (batch or 1, heads or 1, tokens, 1) bool, vectors that mean nothing.
+    """
+
+    forward: Tensor
+    mean: Tensor
+    scale: Tensor | None = None
+    empty: Tensor | None = None
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x (batch, heads, tokens, dim) of any dtype to code space, fp32."""
+        y = x.float() - self.mean.float()
+        if self.empty is not None:  # zeros would be far off where the mean is large
+            y = y.masked_fill(self.empty, 0)
+        if self.scale is not None:
+            y = y / self.scale.float()
+        return (self.forward @ y.mT).mT
+
+
 def of_heads(x: Tensor, heads: tuple[int, ...] | None) -> Tensor:
     """x (..., heads or 1, n, m) of the layer at some heads."""
     return x if heads is None or x.shape[-3] == 1 else x[..., list(heads), :, :]
@@ -170,11 +196,14 @@ class Operator(Protocol):
 
     name: str
 
-    def encode(self, y: Tensor, layout: RowLayout, book: Book) -> tuple[Tensor, Tensor]:
-        """Vectors in code space to codes and gains.
+    def encode(
+        self, x: Tensor, layout: RowLayout, book: Book, entry: Entry | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Vectors to codes and gains.
 
         Args:
-            y: (batch, heads, tokens, dim) fp32, best as the transpose of contiguous memory.
+            x: (batch, heads, tokens, dim).
+            entry: how they come into code space, None if they are there.
 
         Returns:
             rows (batch, row_bytes, tokens) and gains 0 to 15 (batch, heads, tokens), uint8.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nexusquant.errors import NonFiniteError
-from nexusquant.kernels.base import Coded, Exact, Partial, Request, exact, is_coded, spread
+from nexusquant.kernels.base import Coded, Entry, Exact, Partial, Request, exact, is_coded, spread
 from nexusquant.layout import RowLayout
 from nexusquant.math.e8 import DISTORTION, GROUP, Book
 from nexusquant.math.gains import GAINS, LIMIT, decode_gain, encode_gain
@@ -27,8 +27,11 @@ class Reference:
 
     name = "reference"
 
-    def encode(self, y: Tensor, layout: RowLayout, book: Book) -> tuple[Tensor, Tensor]:
-        """Codes and gains of y (batch, heads, tokens, dim)."""
+    def encode(
+        self, x: Tensor, layout: RowLayout, book: Book, entry: Entry | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and gains of x (batch, heads, tokens, dim)."""
+        y = x if entry is None else entry.enter(x)
         gains = _gains(y, layout, book)
         return layout.encode(y / decode_gain(gains)[..., None], book), gains
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numba
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nexusquant.kernels.base import Coded, Exact, Partial, Request, Space, exact, is_coded
+from nexusquant.kernels.base import Coded, Entry, Exact, Partial, Request, Space, exact, is_coded
 from nexusquant.kernels.cpu import arguments as at
 from nexusquant.kernels.cpu import attend, encode
 from nexusquant.kernels.cpu.arguments import Bias, Call, Side
@@ -27,6 +27,7 @@ from nexusquant.kernels.cpu.tables import (
     group_table,
     head_map,
 )
+from nexusquant.kernels.plans import Plans, one_space
 from nexusquant.kernels.reference import Reference, too_large
 from nexusquant.layout import RowLayout
 from nexusquant.mask import Mask
@@ -50,8 +51,11 @@ class Numba(Reference):
 
     name = "numba"
 
-    def encode(self, y: Tensor, layout: RowLayout, book: Book) -> tuple[Tensor, Tensor]:
-        """Codes and gains of y (batch, heads, tokens, dim)."""
+    def encode(
+        self, x: Tensor, layout: RowLayout, book: Book, entry: Entry | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and gains of x (batch, heads, tokens, dim)."""
+        y = x if entry is None else entry.enter(x)
         batch, heads, tokens, dim = y.shape
         columns = y.mT.float().contiguous()
         codes, groups = code_tables(book), group_table(layout)
@@ -92,7 +96,6 @@ class _Plan:
     """What stays the same from step to step while nothing is appended.
 
     Attributes:
-        parts: the coded parts, weakly.
         table: one line per part, for the kernel.
         spaces: code spaces of keys and values.
         width: coordinates of queries in code space.
@@ -100,34 +103,19 @@ class _Plan:
         keep: what the addresses in it point at.
     """
 
-    parts: tuple[weakref.ref[Coded], ...]
     table: np.ndarray
     spaces: tuple[Side, Side]
     width: int
     entries: int
     keep: list[Any]
 
-    def of(self, parts: Sequence[Coded]) -> bool:
-        """Whether it is of these very parts."""
-        return len(parts) == len(self.parts) and all(
-            known() is part for known, part in zip(self.parts, parts, strict=True)
-        )
 
-
-_plans: dict[int, _Plan] = {}  # by the first part's id, for as long as that lives
+_plans: Plans[_Plan | None] = Plans()
 
 
 def _plan(coded: Sequence[Coded], batch: int, kv_heads: int) -> _Plan | None:
     """For these parts; None if they are not in one code space."""
-    key = id(coded[0]) if coded else 0
-    plan = _plans.get(key)
-    if plan is not None and plan.of(coded):
-        return plan
-    if not all(
-        part.book == coded[0].book
-        and all(a.same(b) for a, b in zip(part.spaces, coded[0].spaces, strict=True))
-        for part in coded[1:]
-    ):
+    if not one_space(coded):
         return None
     keep: list[Any] = []
     width = max((coded_width(part.layouts[0]) for part in coded), default=LANES)
@@ -141,12 +129,7 @@ def _plan(coded: Sequence[Coded], batch: int, kv_heads: int) -> _Plan | None:
     if coded:
         keys, values = coded[0].spaces
         spaces = _side(keys, batch, kv_heads, width, keep), _side(values, batch, kv_heads, 0, keep)
-    plan = _Plan(tuple(map(weakref.ref, coded)), table, spaces, width, entries, keep)
-    if coded:
-        if key not in _plans:
-            weakref.finalize(coded[0], _plans.pop, key, None)
-        _plans[key] = plan
-    return plan
+    return _Plan(table, spaces, width, entries, keep)
 
 
 def _attend(request: Request) -> Partial | None:
@@ -162,7 +145,7 @@ def _attend(request: Request) -> Partial | None:
         return None
     slots = max((part.slots.stop for part in coded), default=1)
     pages = pages_of(request.frame, slots, dim, request.query.device)
-    plan = _plan(coded, batch, kv_heads)
+    plan = _plans.of(coded, partial(_plan, coded, batch, kv_heads))
     if pages is None or plan is None or pages.slots < slots:
         return None
     keep: list[Any] = []  # alive until the kernel returns

@@ -1,0 +1,1 @@
+"""Triton kernels. Nothing but `operator` is for others, and only where Triton can be imported."""
