@@ -1,4 +1,4 @@
-"""KL against compression ratio, one line per family."""
+"""Plots: KL against compression ratio, one line per family; times by context."""
 
 from __future__ import annotations
 
@@ -50,6 +50,36 @@ def draw(points: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def draw_times(rows: Sequence[dict[str, Any]], name: str, y: str, label: str, path: Path) -> None:
+    """Writes a PNG of `y` by `tokens`, one line per `name`, both axes logarithmic.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
+
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    for index, what in enumerate(dict.fromkeys(row[name] for row in rows)):
+        mine = sorted((row for row in rows if row[name] == what), key=lambda row: row["tokens"])
+        axes.plot(
+            [row["tokens"] for row in mine], [row[y] for row in mine], label=what,
+            marker=MARKERS[index % len(MARKERS)],
+            linestyle="--" if what.startswith(("SDPA", "memcpy", "uncompressed")) else "-",
+        )  # fmt: skip
+    lengths = sorted({row["tokens"] for row in rows})
+    axes.set(xscale="log", yscale="log", xlabel="tokens (log)", ylabel=f"{label} (log)")
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

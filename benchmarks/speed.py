@@ -28,6 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 from benchmarks.compare import environment
+from benchmarks.plot import draw_times
 from nexusquant import NexusCache
 from nexusquant.attention import attend
 from nexusquant.demo import calibration_text, demo_text
@@ -45,6 +46,7 @@ from nexusquant.tokens import CodedTokens
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_show_locals=False)
 Json = Annotated[Path | None, typer.Option("--json", help="Result file.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Picture, needs matplotlib.")]
 STEPS = 32  # one whole cycle of the tail, with the step that compresses it
 SHARES = (0.12, 0.34, 0.54)
 RATES = {"high": (2.8, 1.8, 0.9), "lossless": (3.5, 2.5, 1.6), "2 bits": (2.0, 2.0, 2.0)}
@@ -62,6 +64,7 @@ def model(
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     json_file: Json = None,
+    plot: Plot = None,
 ) -> None:
     """Prefill and time per token of a model, by context length, against DynamicCache."""
     rows: list[dict[str, Any]] = []
@@ -90,6 +93,8 @@ def model(
     for row in rows:
         cells = [f"{row[key]:.{digits}f}" for key, digits in _COLUMNS]
         table.add_row(f"{row['tokens']:,}", row["cache"], *cells)
+    if plot:
+        draw_times(rows, "cache", "step_ms", "time per token, ms", plot)
     report(table, {"model": Path(name).name, "dtype": dtype, "rows": rows}, json_file)
 
 
@@ -138,6 +143,7 @@ def kernels(
     dim: Annotated[int, typer.Option(min=8, help="Dimension of a head.")] = 128,
     repeat: Annotated[int, typer.Option(min=3, help="Calls of each.")] = 15,
     json_file: Json = None,
+    plot: Plot = None,
 ) -> None:
     """Attention on codes against SDPA, encoding and decoding against memcpy, on random tensors."""
     contexts = context or [1024, 2048, 4096, 8192, 16384, 32768]
@@ -161,6 +167,8 @@ def kernels(
     if len(contexts) > 1:
         for what in dict.fromkeys(row["what"] for row in rows):
             table.add_row("", what, "", "", "", "", f"exponent {_exponent(rows, what):.2f}")
+    if plot:
+        draw_times(rows, "what", "ms", "ms", plot)
     report(table, {"heads": heads, "group": group, "dim": dim, "rows": rows}, json_file)
 
 

@@ -95,6 +95,24 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
         save_profile(profile(), tmp_path / "file" / "p")
 
 
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 300])
+def test_names_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(ProfileError, match="cannot write the profile"):
+        save_profile(profile(), name)
+
+
+def test_without_a_home_a_path_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(ProfileError, match="no cache directory to write to"):
+        save_profile(profile())
+    assert save_profile(profile(), tmp_path / "p").is_file()
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
 @pytest.mark.skipif(
     os.geteuid() == 0, reason="file permissions do not bind root: the write would succeed"
 )

@@ -13,6 +13,7 @@ TRANSFORMS = ("klt", "hadamard", "identity")
 ALLOCATIONS = ("joint", "split", "uniform")
 LEVELS = ("companded", "uniform")
 MAX_BITS = 8
+MAX_PAGE = 65_536
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ class CompressionConfig:
         max_tokens: most tokens stored per head and full-attention layer, uncoded tail not counted.
             When a block makes it more, those that the latest queries attend to least are dropped,
             so a generation of any length takes bounded memory, but for the 4 bytes of every
-            token's position that RoPE is undone with. The last `recent` all stay: behind
+            token's position that RoPE is undone with. From shortly before the limit on, the latest
+            32 queries of every layer are kept, too, in 16 bits: as much as some hundred tokens
+            take, so that small limits do not pay. The last `recent` all stay: behind
             a prompt, where heads have them in different tiers, that may take some tokens more
             than a limit near `sinks + recent`. None for no limit.
         levels: reconstruction levels of the lattice code, "companded" or "uniform".
@@ -132,8 +135,10 @@ class CompressionConfig:
             "a tuple of at most 7 fractions between 0 and 1 that add up to less than 1",
         )  # fmt: skip
         need(number("tier_bits", real) and 0 <= self.tier_bits <= 4, "tier_bits", "from 0 to 4")
-        for name in ("sinks", "recent", "rope_page", "seed"):
+        for name in ("sinks", "recent", "seed"):
             need(number(name) and getattr(self, name) >= 0, name, "an integer of at least 0")
+        page = f"an integer from 0 to {MAX_PAGE:,}"
+        need(number("rope_page") and 0 <= self.rope_page <= MAX_PAGE, "rope_page", page)
         need(
             number("residual_length") and self.residual_length >= 1, "residual_length", "at least 1"
         )

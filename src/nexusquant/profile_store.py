@@ -57,8 +57,13 @@ def save_profile(profile: Profile, path: str | Path | None = None) -> Path:
         raise ProfileError(
             "not a profile, or it has no layers yet: run a long prompt, or calibrate, first."
         )
-    default = default_path(profile.fingerprint, profile.rope_page)
-    target = default if path is None else _file(path)
+    if path is not None:
+        target = _file(path)
+    else:
+        try:
+            target = default_path(profile.fingerprint, profile.rope_page)
+        except RuntimeError as error:  # a user without a home
+            raise ProfileError(f"no cache directory to write to ({error}): give a path.") from error
     tensors = {
         f"{index}.{side}.{name}": getattr(getattr(layer, side), name).contiguous()
         for index, layer in profile.layers.items()
@@ -85,7 +90,7 @@ def save_profile(profile: Profile, path: str | Path | None = None) -> Path:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: no name, or a NUL in it
         raise ProfileError(f"{target}: cannot write the profile ({error}).") from error
     return target
 

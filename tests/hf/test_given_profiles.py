@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,28 @@ def built(model: Any, **settings: Any) -> Profile:
 def foreign() -> Profile:
     """The profile of another model."""
     return built(tiny(seed=5))
+
+
+@pytest.mark.parametrize("error", [PermissionError("no"), OSError("File name too long"), None])
+def test_a_cache_directory_out_of_reach_has_no_profile(
+    monkeypatch: pytest.MonkeyPatch, error: OSError | None
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error or RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if error is None:
+        monkeypatch.setattr(Path, "home", fail)
+    else:
+        monkeypatch.setattr(Path, "is_file", fail)
+    assert NexusCache(tiny()).profile is None
+
+
+def test_a_profile_with_layers_that_the_model_lacks_is_refused() -> None:
+    profile = built(tiny())
+    moved = replace(profile, layers={i + 1000: x for i, x in profile.layers.items()})
+    with pytest.raises(ProfileError, match=r"has a layer 100\d, the model has"):
+        NexusCache(tiny(), profile=moved)
 
 
 @pytest.mark.parametrize("as_file", [True, False])

@@ -38,6 +38,18 @@ def test_above_the_limit_nothing_changes() -> None:
     assert torch.equal(a, b)
 
 
+def test_far_below_the_limit_nothing_is_kept_for_it() -> None:
+    """The latest queries are, from shortly before it on, in 16 bits."""
+    model, sizes = tiny(), []
+    for limit in (None, 4096, 64):
+        cache = NexusCache(model, "lossless", max_tokens=limit)
+        feed(model, cache, prompt(60), 60)
+        sizes.append(cache.nbytes)
+    heads, dim = model.config.num_attention_heads, model.config.head_dim
+    assert sizes[1] == sizes[0]
+    assert sizes[2] == sizes[0] + model.config.num_hidden_layers * heads * 32 * dim * 2
+
+
 def test_batches_copies_and_generate() -> None:
     model = tiny()
     cache = NexusCache(model, "lossless", max_tokens=48)

@@ -25,7 +25,7 @@ from nexusquant.hf.tail import Call, Tail
 from nexusquant.math.e8 import GROUP
 from nexusquant.math.rope import Frequencies
 from nexusquant.profile import Profile
-from nexusquant.retention import retain
+from nexusquant.retention import WINDOW, retain
 
 _STATE = ("stored", "tail", "length", "deferred", "waiting", "rope")
 
@@ -194,7 +194,8 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         if self.record_past:  # a rollback may come: `crop` compresses
             self.deferred = self._learned(call)
             return
-        if self.config.max_tokens is not None and self.tail is not None:
+        most = self.config.max_tokens
+        if most is not None and self.length + WINDOW > most and self.tail is not None:
             self.tail = self.tail.remember(call.query)
         if not self.exact and reads_twice(self.config, call.query.shape[2]):
             self.waiting = self._learned(call)

@@ -64,23 +64,42 @@ def find_profile(model: nn.Module, rope_page: int, given: ProfileLike = None) ->
                 f"the profile given was built with rope_page={profile.rope_page}, the cache is"
                 f" configured with rope_page={rope_page}."
             )
-        return profile
+        return _of_layers(profile, model)
     with _lock:
         known, mine = _known.setdefault(model, {}), fingerprint(model)
         if rope_page in known and known[rope_page].fingerprint != mine:
             del known[rope_page]  # the weights have changed since
         if rope_page not in known:
-            path = default_path(mine, rope_page)
-            if not path.is_file():
+            path = _stored(mine, rope_page)
+            if path is None:
                 return None
             try:
-                known[rope_page] = load_profile(path, mine)
+                known[rope_page] = _of_layers(load_profile(path, mine), model)
             except ProfileError as error:
                 raise ProfileError(
                     f"{error} It is the one that caches of this model use by default: delete it, or"
                     " build it again with `nexusquant calibrate`."
                 ) from error
         return known[rope_page]
+
+
+def _stored(fingerprint: str, rope_page: int) -> Path | None:
+    """Where a profile is stored; a cache directory that cannot be looked into has none."""
+    try:
+        path = default_path(fingerprint, rope_page)
+        return path if path.is_file() else None
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return None
+
+
+def _of_layers(profile: Profile, model: nn.Module) -> Profile:
+    """A profile whose layers the model has."""
+    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    if isinstance(count, int) and max(profile.layers, default=0) >= count:
+        raise ProfileError(
+            f"the profile has a layer {max(profile.layers)}, the model has {count}: it is damaged."
+        )
+    return profile
 
 
 def _from_file(path: str | Path, fingerprint: str) -> Profile:

@@ -12,6 +12,7 @@ from nexusquant.accounting import owned
 from nexusquant.compressor import Chunk
 from nexusquant.residual import OutputSide
 from nexusquant.retention import WINDOW
+from nexusquant.tokens import narrowed
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Tail:
 
     Args:
         keys, values: (batch, kv_heads, tokens, dim), keys post-RoPE.
-        queries: the latest queries, (batch, query_heads, n, dim), kept under `max_tokens` only:
-            they decide what leaves.
+        queries: the latest queries, (batch, query_heads, n, dim), kept shortly before
+            `max_tokens` and from there on: they decide what leaves.
     """
 
     keys: Tensor
@@ -106,9 +107,12 @@ class Tail:
         return replace(self, keys=owned(self.keys), values=owned(self.values))
 
     def remember(self, query: Tensor) -> Tail:
-        """With the latest queries."""
+        """With the latest queries, in 16 bits."""
         held = [] if self.queries is None else [self.queries]
-        return replace(self, queries=torch.cat([*held, query], 2)[:, :, -WINDOW:].clone())
+        latest = query[:, :, -WINDOW:]
+        if latest.dtype.itemsize > 2:
+            latest = narrowed(latest, torch.float16)
+        return replace(self, queries=torch.cat([*held, latest], 2)[:, :, -WINDOW:].clone())
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Tail:
         """Apply a batch operation."""

@@ -47,16 +47,14 @@ class ExpectedAttention:
         quadratic = (0.5 * s * s * covariance).view(batch, kv_heads, group, dim, dim)
         quadratic = quadratic.transpose(2, 3).reshape(batch, kv_heads, dim, group * dim)
         linear = (s * mean).view(batch, kv_heads, 1, group, dim)
-        logits = torch.cat(
-            [
-                (
-                    ((k @ quadratic).view(batch, kv_heads, -1, group, dim) + linear)
-                    * k[..., None, :]
-                ).sum(-1)
-                for k in (block.float() for block in torch.split(inputs.keys, _BLOCK, dim=2))
-            ],
-            dim=2,
-        )
+        blocks = []
+        for block in torch.split(inputs.keys, _BLOCK, dim=2):
+            k = block.float()
+            pulled = (k @ quadratic).view(batch, kv_heads, -1, group, dim)
+            pulled += linear  # in place: new memory costs more than the arithmetic
+            pulled *= k[..., None, :]
+            blocks.append(pulled.sum(-1))
+        logits = torch.cat(blocks, dim=2)
         if inputs.softcap is not None:
             logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
 
