@@ -133,7 +133,9 @@ def split_tiers(scores: Tensor, kept: Tensor, shares: Sequence[float]) -> list[T
         scores = scores.mean(1, keepdim=True)
     empty = kept < 0
     own = scores.float().gather(-1, kept.clamp(min=0)).masked_fill(empty, -torch.inf)
-    rank = own.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    order = own.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
     filled = (~empty).sum(-1, keepdim=True)
     bounds = [(filled * min(sum(shares[: i + 1]), 1.0)).round() for i in range(len(shares) - 1)]
     tier = sum((rank >= bound).long() for bound in bounds) if bounds else torch.zeros_like(rank)
