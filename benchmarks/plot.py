@@ -71,7 +71,7 @@ def draw_times(rows: Sequence[dict[str, Any]], name: str, y: str, label: str, pa
         mine = sorted((row for row in rows if row[name] == what), key=lambda row: row["tokens"])
         axes.plot(
             [row["tokens"] for row in mine], [row[y] for row in mine], label=what,
-            marker=MARKERS[index % len(MARKERS)],
+            marker=MARKERS[index % len(MARKERS)], color=pyplot.get_cmap("tab20")(index % 20),
             linestyle="--" if what.startswith(("SDPA", "memcpy", "uncompressed")) else "-",
         )  # fmt: skip
     lengths = sorted({row["tokens"] for row in rows})

@@ -283,3 +283,13 @@ def test_plot_is_a_picture(tmp_path: Path) -> None:
     ]
     draw(points, "title", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@third_party
+def test_times_are_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.plot import draw_times
+
+    rows = [{"what": "codes", "tokens": n, "ms": n / 100} for n in (1024, 8192)]
+    draw_times(rows, "what", "ms", "ms", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -41,7 +41,10 @@ def test_kernels_do_not_grow(compiled: Any, name: str, most: int) -> None:
 
 
 @pytest.mark.parametrize("side", ["keys", "values"])
-@pytest.mark.parametrize(("bits", "most"), [("1", 9.2), ("2", 10.3), ("3", 11.3), ("4", 11.8)])
-def test_instructions_per_element(compiled: Any, side: str, bits: str, most: float) -> None:
-    """A loop that decoded twice, or for every warp again, would have twice as many."""
-    assert compiled["per_element"][side][bits] <= most
+@pytest.mark.parametrize("bits", ["1", "2", "3", "4"])
+def test_instructions_per_element(compiled: Any, side: str, bits: str) -> None:
+    """A loop that decoded twice, or for every warp again, would have twice as many.
+
+    Triton 3.6 needs 8.6 to 12.5, Triton 3.9 8.4 to 11.3.
+    """
+    assert compiled["per_element"][side][bits] <= 13
