@@ -15,6 +15,8 @@ from nexusquant.quantizer import Centre, Orthonormal, Quantizer
 from nexusquant.slots import Slots
 from nexusquant.tokens import CodedTokens
 
+INTERPRETED = "3.3" if torch.cuda.is_available() else "3.9"
+"""The oldest Triton that can run the kernels: earlier interpreters fail on NumPy 2.4."""
 FAST = [name for name, reason in operators("cpu").items() if not reason and name != "reference"]
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-pytest.importorskip("triton")
+from tests.kernel_cases import INTERPRETED
+
+pytest.importorskip("triton", minversion=INTERPRETED)
 
 from benchmarks import gpu
 from benchmarks.gpu import Shape

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-pytest.importorskip("triton")
+from tests.kernel_cases import INTERPRETED
+
+pytest.importorskip("triton", minversion=INTERPRETED)
 
 from nexusquant import NexusCache, kernels
 from nexusquant.compressor import Stored, compress
