@@ -144,3 +144,28 @@ def test_many_threads_where_numba_takes_one_caller_at_a_time() -> None:
         " print(len(set(ThreadPoolExecutor(8).map(work, range(40)))))"
     )
     assert printed(code, NUMBA_THREADING_LAYER="workqueue") == ["1"]
+
+
+@needs_numba
+@pytest.mark.parametrize("book", [Book(), Book("uniform"), Book("companded", 4.0)], ids=str)
+def test_bins_hold_one_threshold_at_most(book: Book) -> None:
+    """So that one comparison settles what the bin of a number leaves open."""
+    from nexusquant.kernels.cpu.code import BINS, STARTS
+    from nexusquant.kernels.cpu.tables import code_tables
+
+    starts = torch.from_numpy(code_tables(book)[1:, STARTS : STARTS + 2 * BINS])
+    starts = starts.unflatten(1, (2, BINS))
+    last = 2.0 ** torch.tensor(BITS)[:, None] - 1
+    assert starts.diff(dim=2).max() == 1
+    assert (starts[..., 0] == 0).all()
+    assert (last - starts[..., -1]).max() <= 1
+
+
+@needs_numba
+def test_kept_kernels_are_of_these_sources() -> None:
+    """Numba's key has the variables of enclosing functions, not the files of called ones."""
+    from nexusquant.kernels.cpu import attend, encode
+    from nexusquant.kernels.cpu.sources import SOURCES
+
+    for kept in (attend.attend, encode.encode, encode.decode):
+        assert [cell.cell_contents for cell in kept.py_func.__closure__] == [SOURCES]

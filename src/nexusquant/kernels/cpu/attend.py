@@ -18,6 +18,7 @@ from nexusquant.kernels.cpu import arguments as at
 from nexusquant.kernels.cpu.memory import get_float, get_int, get_number, keep, load, put_float
 from nexusquant.kernels.cpu.queries import PAGES, page_queries, query_basis
 from nexusquant.kernels.cpu.simd import LANES, total
+from nexusquant.kernels.cpu.sources import SOURCES
 from nexusquant.kernels.cpu.tokens import (
     HIDDEN,
     TILE,
@@ -189,8 +190,8 @@ def _merge_all(call, value, R, tops, sums, sent, output, lse):
         )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
-def attend(rows, call, bias, key, value, parts, exacts, output, lse):
+@njit
+def _attend(rows, call, bias, key, value, parts, exacts, output, lse):
     """Attention of all queries to all parts; see `arguments`.
 
     Args:
@@ -210,3 +211,15 @@ def attend(rows, call, bias, key, value, parts, exacts, output, lse):
     if len(parts):
         _split_all(call, bias, rows, parts, where, basis, shift, tops, sums, sent)
     _merge_all(call, value, R, tops, sums, sent, output, lse)
+
+
+def _kept(sources):
+    @njit(cache=True, nogil=True)
+    def attend(rows, call, bias, key, value, parts, exacts, output, lse):
+        _ = sources
+        _attend(rows, call, bias, key, value, parts, exacts, output, lse)
+
+    return attend
+
+
+attend = _kept(SOURCES)

@@ -15,13 +15,14 @@ from nexusquant.kernels.cpu.memory import (
     store_bytes,
     store_some_bytes,
 )
-from nexusquant.kernels.cpu.simd import choose, fma, splat, to_float
+from nexusquant.kernels.cpu.simd import choose, fma, splat, to_float, to_int
 
 f32, i32 = np.float32, np.int32
-STRIDE = 1024
-"""Floats per rate in a code table: 4 coefficients, the largest level, its price, and from 512 on
-the 255 thresholds of either coset, 256 apart."""
-REACH, PRICE, EDGES, COSET = 4, 5, 512, 256
+STRIDE = 3072
+"""Floats per rate in a code table: 4 coefficients, the largest level, its price, bins per unit, and
+from 512 on the thresholds of either coset, 256 apart. From 1024 on, per coset and bin, the number
+of thresholds below it: `BINS` bins from minus to plus the largest level have one at most."""
+REACH, PRICE, PER_UNIT, EDGES, COSET, STARTS, BINS = 4, 5, 6, 512, 256, 1024, 1024
 _FAR = f32(1e18)
 
 
@@ -43,10 +44,11 @@ def _nearest(code, bits, coset, x):
         for k in range((1 << bits) - 1):
             n = n + choose(x > splat(get_float(edges, k)), splat(i32(1)), splat(i32(0)))
     else:
-        for bit in range(bits - 1, -1, -1):
-            step = i32(1 << bit)
-            edge = lookup(edges, n + splat(i32(step - 1)))
-            n = n + choose(x > edge, splat(step), splat(i32(0)))
+        at = (x + splat(get_float(code, REACH))) * splat(get_float(code, PER_UNIT))
+        at = choose(at > splat(f32(0)), at, splat(f32(0)))  # NaN, too
+        at = choose(at < splat(f32(BINS - 1)), at, splat(f32(BINS - 1)))
+        n = to_int(lookup(code + 4 * (STARTS + BINS * coset), to_int(at)))
+        n = n + choose(x > lookup(edges, n), splat(i32(1)), splat(i32(0)))
     return n
 
 

@@ -31,6 +31,7 @@ from nexusquant.kernels.cpu.simd import (
     sqrt,
     total,
 )
+from nexusquant.kernels.cpu.sources import SOURCES
 
 f32, i32, i64 = np.float32, np.int32, np.int64
 _RUN = 512  # tokens per task
@@ -87,8 +88,8 @@ def _gains(codes, gains, groups, count, dim, x, stride, limit):
     return chosen, ~(rms <= splat(limit))  # NaN compares as false
 
 
-@njit(parallel=True, cache=True, nogil=True)
-def encode(codes, gains, limit, groups, width, batch, heads, dim, tokens, y, rows, sizes):
+@njit(parallel=True)
+def _encode(codes, gains, limit, groups, width, batch, heads, dim, tokens, y, rows, sizes):
     """Vectors in code space to rows of codes and gains.
 
     Args:
@@ -141,8 +142,8 @@ def encode(codes, gains, limit, groups, width, batch, heads, dim, tokens, y, row
     return bad
 
 
-@njit(parallel=True, cache=True, nogil=True)
-def decode(codes, gains, groups, width, batch, heads, dim, tokens, rows, sizes, y):
+@njit(parallel=True)
+def _decode(codes, gains, groups, width, batch, heads, dim, tokens, rows, sizes, y):
     """Inverse of `encode`: y is (batch, heads, dim, tokens), zero where nothing is coded.
 
     Both may be slices: `rows` and `sizes` are (address, batch stride, row or head stride).
@@ -174,3 +175,22 @@ def decode(codes, gains, groups, width, batch, heads, dim, tokens, rows, sizes, 
                     else:
                         store_some(out, tokens * (8 * group + i), value, mask)
         keep(space)
+
+
+def _kept(sources):
+    @njit(cache=True, nogil=True)
+    def encode(codes, gains, limit, groups, width, batch, heads, dim, tokens, y, rows, sizes):
+        _ = sources
+        return _encode(
+            codes, gains, limit, groups, width, batch, heads, dim, tokens, y, rows, sizes
+        )
+
+    @njit(cache=True, nogil=True)
+    def decode(codes, gains, groups, width, batch, heads, dim, tokens, rows, sizes, y):
+        _ = sources
+        _decode(codes, gains, groups, width, batch, heads, dim, tokens, rows, sizes, y)
+
+    return encode, decode
+
+
+encode, decode = _kept(SOURCES)

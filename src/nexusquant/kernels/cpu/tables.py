@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from nexusquant.kernels.cpu.code import COSET, EDGES, PRICE, REACH, STRIDE
+from nexusquant.kernels.cpu.code import BINS, COSET, EDGES, PER_UNIT, PRICE, REACH, STARTS, STRIDE
 from nexusquant.layout import RowLayout
 from nexusquant.math.e8 import BITS, DISTORTION, GROUP, Book, polynomial, split_bits
 from nexusquant.math.gains import GAINS, boundaries, decode_gain
@@ -23,10 +23,17 @@ def code_tables(book: Book) -> np.ndarray:
         for j, c in enumerate(polynomial(bits, code.kind, code.widen)):
             out[bits, j] = c / unit ** (2 * j + 1)
         out[bits, REACH], out[bits, PRICE] = table[-1], 1 / DISTORTION[bits]
+        out[bits, PER_UNIT] = per_unit = BINS / (2 * table[-1])
         for coset in (0, 1):
             own = table[coset::2]
             start = EDGES + COSET * coset
-            out[bits, start : start + len(own) - 1] = (own[1:] + own[:-1]) / 2
+            edges = (own[1:] + own[:-1]) / 2
+            out[bits, start : start + len(edges)] = edges
+            out[bits, start + len(edges)] = np.inf
+            # A thousandth of a bin early, as the bin of an x is found with rounding.
+            below = (np.arange(BINS) - 1e-3) / per_unit - table[-1]
+            starts = STARTS + BINS * coset
+            out[bits, starts : starts + BINS] = np.searchsorted(edges, below)
     return out
 
 
