@@ -1,7 +1,8 @@
 # make demo     a small real model answers with a plain and with a compressed cache
 # make test     everything CI checks: lint, format, types, layering, tests
 # make test-all the same with the slow tests
-# make bench    times of the cache and of its CPU kernels, beside the uncompressed ones
+# make bench    times of the cache and of its CPU kernels, beside the uncompressed ones,
+#              with JSON and plots in .benchmarks
 # make format   apply ruff's formatting and fixes
 #
 # PYTHON=python3.12 picks the interpreter of a new .venv, PIP_FLAGS=... goes to pip install,
@@ -32,8 +33,9 @@ demo: $(STAMP)
 	$(BIN)/nexusquant demo $(ARGS)
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.speed kernels
-	$(BIN)/python -m benchmarks.speed model
+	mkdir -p .benchmarks
+	$(BIN)/python -m benchmarks.speed kernels --json .benchmarks/kernels.json --plot .benchmarks/kernels.png
+	$(BIN)/python -m benchmarks.speed model --json .benchmarks/model.json --plot .benchmarks/model.png
 
 check: $(STAMP)
 	$(BIN)/ruff check .
