@@ -31,7 +31,7 @@ from nexusquant.math.e8 import GROUP, Book
 from nexusquant.progress import progress_steps
 from nexusquant.quantizer import Centre, Orthonormal, Quantizer
 from nexusquant.slots import Slots
-from nexusquant.tokens import CodedTokens
+from nexusquant.tokens import CodedTokens, ExactTokens
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_show_locals=False)
 L2_BYTES = 256 << 20  # more than any GPU has
@@ -70,6 +70,7 @@ def main(
             for rows in batch or (1, 16):
                 progress.step(f"Attention, {tokens:,} tokens, batch {rows}")
                 result["rows"] += attention(Shape(rows, tokens), repeat, result["bandwidth"])
+        result["peak_gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
     table = Table("tokens", "batch", "what", title=f"{result['device']}, 8 KV heads of 128, GQA 4")
     for column in ("ms", "of SDPA", "ms as called", "GB/s", "of copying"):
         table.add_column(column, justify="right")
@@ -97,22 +98,32 @@ def check(tokens: int = 3000) -> dict[str, float]:
     for name, dim, group, q_len in (("d 128", 128, 4, 1), ("d 80", 80, 1, 3), ("d 256", 256, 7, 2)):
         shape = Shape(2, tokens, 4, group, dim)
         parts, frame = coded(shape, RATES["lossless"]), half_rotated(tokens, dim)
-        query = torch.randn(2, 4 * group, q_len, dim)
-        request = Request(query, parts, Mask(None, tokens - q_len), frame, dim**-0.5, softcap=30.0)
+        query, sinks = torch.randn(2, 4 * group, q_len, dim), torch.randn(4 * group)
+        tail = ExactTokens(*torch.randn(2, 2, 4, 9, dim).half(), Slots(tokens - 9, 9))
+        seen = Mask(torch.rand(2, tokens) < 0.9, tokens - q_len, window=tokens - 50)
+        request = Request(query, [*parts, tail], seen, frame, dim**-0.5, 30.0, sinks)
         mine, theirs = (one.decode_attention(request) for one in (triton, Reference()))
         largest = (mine.output - theirs.output).abs().max()
         errors[name] = float(largest / theirs.output.square().mean().sqrt())
         assert errors[name] < 0.03, f"attention, {name}: {errors}"
         assert float((mine.lse - theirs.lse).abs().max()) < 0.03, f"log-sum-exp, {name}"
     layout, book = layout_of(4, 128, 3.5), Book()
-    x = torch.randn(2, 4, 777, 128)
-    mine, theirs = (one.encode(x, layout, book) for one in (triton, Reference()))
+    x, entry = torch.randn(2, 4, 777, 128), entry_of(Shape(2, 777, 4))
+    mine, theirs = (one.encode(x, layout, book, entry) for one in (triton, Reference()))
     errors["codes that differ"] = float((mine[0] != theirs[0]).float().mean())
-    assert errors["codes that differ"] < 1e-4, "more than ties"
+    assert errors["codes that differ"] < 1e-3, "more than ties"
     decoded = (one.decode(*theirs, layout, book) for one in (triton, Reference()))
     errors["decode"] = float(torch.stack(list(decoded)).diff(dim=0).abs().max())
     assert errors["decode"] < 1e-4
     return errors
+
+
+def entry_of(shape: Shape) -> Entry:
+    """A transform of every head, a mean and a scale."""
+    return Entry(
+        torch.randn(shape.heads, shape.dim, shape.dim) / shape.dim**0.5,
+        torch.randn(1, shape.heads, 1, shape.dim), torch.ones(1, shape.heads, 1, 1),
+    )  # fmt: skip
 
 
 def bandwidth(repeat: int) -> float:
@@ -128,10 +139,7 @@ def encode_prefill(layers: int, shape: Shape, repeat: int) -> dict[str, float]:
 
     size = (shape.batch, shape.heads, shape.tokens, shape.dim)
     layout, book = layout_of(shape.heads, shape.dim, 1.46), Book()
-    entry = Entry(
-        torch.randn(shape.heads, shape.dim, shape.dim) / shape.dim**0.5,
-        torch.randn(1, shape.heads, 1, shape.dim), torch.ones(1, shape.heads, 1, 1),
-    )  # fmt: skip
+    entry = entry_of(shape)
     given = [torch.randn(size).half() for _ in range(2 * layers)]
     kernels = [partial(launch_encode, x, layout, book, entry) for x in given]
     calls = [partial(_triton().encode, x, layout, book, entry) for x in given]

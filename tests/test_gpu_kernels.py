@@ -160,6 +160,31 @@ def test_queries_that_see_nothing(triton: Triton) -> None:
     assert triton.decode_attention(request).lse[1].isneginf().all()
 
 
+def test_rows_masked_by_the_least_number(triton: Triton) -> None:
+    """Fully padded rows of eager models: uniform attention, not none."""
+    parts = tiers([layout_of(1, 2, 3)], [torch.arange(50)[None, None]], batch=1, heads=1, dim=16)
+    mask = Mask(torch.full((1, 1, 1, 50), torch.finfo(torch.float32).min), 49)
+    request = Request(torch.randn(1, 2, 1, 16), parts, mask, KeyFrame(None, 0), 0.25)
+    mine, theirs = (one.decode_attention(request).output for one in (triton, Reference()))
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=WITHIN)
+
+
+def test_parts_without_tokens(triton: Triton) -> None:
+    some, none = torch.arange(50)[None, None], torch.zeros(1, 1, 0, dtype=torch.int64)
+    part, empty = tiers([layout_of(1, 2, 3)] * 2, [some, none], batch=1, heads=1, dim=16)
+    query = torch.randn(1, 2, 1, 16)
+    for parts in ([empty], [empty, part], [part, empty]):
+        request = Request(query, parts, Mask(None, 49), KeyFrame(None, 0), 0.25)
+        check(triton, request, taken=False, within=WITHIN)
+
+
+def test_nan_that_is_not_coded(triton: Triton) -> None:
+    x = torch.randn(1, 1, 20, 16)
+    x[0, 0, 7, 9] = torch.nan
+    with pytest.raises(NonFiniteError, match="1 of 20 vectors"):
+        triton.encode(x, RowLayout(((4, 0),)), Book())
+
+
 @st.composite
 def layouts(draw: st.DrawFn) -> RowLayout:
     heads, groups = draw(st.integers(1, 3)), draw(st.integers(1, 5))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nexusquant.errors import UnsupportedError
 from nexusquant.frame import KeyFrame
 from nexusquant.kernels.base import Operator, Request
 from nexusquant.kernels.reference import Reference
@@ -95,3 +96,47 @@ def test_nan_is_not_swallowed(fast: Operator, where: str) -> None:
     output = fast.decode_attention(request).output[0, 0, :, 0]
     assert output[1].isnan().all()
     assert output[0].isnan().all() == (where == "tail")
+
+
+@pytest.mark.parametrize("cap", [50.0, 0.01])
+def test_logits_far_above_the_softcap(fast: Operator, cap: float) -> None:
+    """The exponential of twice their ratio overflows."""
+    parts = tiers([layout_of(1, 2, 3)], [torch.arange(50)[None, None]], batch=1, heads=1, dim=16)
+    tail, query = exact_part(torch.arange(50, 53)[None, None], 1, 16, 16), torch.randn(1, 2, 1, 16)
+    request = Request(query, [*parts, tail], Mask(None, 52), KeyFrame(None, 0), 50 * cap, cap)
+    check(fast, request)
+
+
+def test_a_query_before_stored_tokens(fast: Operator) -> None:
+    """It does not see what is behind it, also where nothing else is masked."""
+    parts = tiers([layout_of(1, 2, 3)], [torch.arange(50)[None, None]], batch=1, heads=1, dim=16)
+    query = torch.randn(1, 2, 1, 16)
+    for mask in (Mask(None, 20), Mask(None, 30, first_column=35)):
+        check(fast, Request(query, parts, mask, KeyFrame(None, 0), 0.25))
+
+
+def test_rows_masked_by_the_least_number(fast: Operator) -> None:
+    """Fully padded rows of eager models: uniform attention, not none."""
+    parts = tiers([layout_of(1, 2, 3)], [torch.arange(50)[None, None]], batch=1, heads=1, dim=16)
+    mask = Mask(torch.full((1, 1, 1, 50), torch.finfo(torch.float32).min), 49)
+    request = Request(torch.randn(1, 2, 1, 16), parts, mask, KeyFrame(None, 0), 0.25)
+    mine, theirs = (one.decode_attention(request).output for one in (fast, Reference()))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_parts_without_tokens(fast: Operator, rows: int) -> None:
+    (part,) = tiers([layout_of(1, 2, 3)], [torch.arange(50)[None, None]], batch=1, heads=1, dim=16)
+    (none,) = tiers(
+        [layout_of(1, 2, 3)], [torch.zeros(1, 1, 0, dtype=torch.int64)], batch=1, heads=1, dim=16
+    )
+    request = Request(torch.randn(1, rows, 1, 16), [none], Mask(None, 49), KeyFrame(None, 0), 0.25)
+    for parts in ([none], [none, part], [part, none]):
+        check(fast, replace(request, parts=parts), taken=False)
+
+
+def test_no_part_of_all_heads(fast: Operator) -> None:
+    tail = replace(exact_part(torch.arange(9)[None, None], 1, 16, 16), heads=(1,))
+    request = Request(torch.randn(1, 2, 1, 16), [tail], Mask(None, 9), KeyFrame(None, 0), 0.25)
+    with pytest.raises(UnsupportedError, match="needs one part of all heads"):
+        fast.decode_attention(request)

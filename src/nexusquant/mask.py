@@ -64,10 +64,10 @@ class Mask:
         picked = mask.expand(*lead, width).gather(-1, index.expand(*lead, index.shape[-1]))
         return picked.masked_fill(~inside, hidden)
 
-    @property
-    def causal_only(self) -> bool:
-        """Whether a single query may look at everything that is stored."""
-        return self.tensor is None and self.window is None and not self.first_column
+    def hides_nothing(self, q_len: int, stop: int) -> bool:
+        """Whether all queries may look at all slots below `stop`."""
+        plain = self.tensor is None and self.window is None and not self.first_column
+        return plain and q_len == 1 and stop <= self.query_slot + 1
 
     def columns(self, q_len: int) -> Tensor:
         """What to add to logits, column by column: (batch or 1, heads or 1, q_len, n) fp32.
@@ -77,8 +77,10 @@ class Mask:
         mask = self.tensor
         if mask is None or mask.ndim == 2:
             count = self.query_slot + q_len - self.first_column
-            at = torch.arange(count, device=None if mask is None else mask.device)
-            query = at[count - q_len :, None]
+            device = None if mask is None else mask.device
+            query = torch.arange(count - q_len, count, device=device)[:, None]
+            count = max(count, 1)
+            at = torch.arange(count, device=device)
             seen = at <= query
             if self.window is not None:
                 seen = seen & (at > query - self.window)
@@ -86,7 +88,7 @@ class Mask:
                 known = torch.zeros(len(mask), count, dtype=torch.bool, device=mask.device)
                 known[:, : mask.shape[1]] = mask[:, :count].bool()
                 seen = seen & known[:, None]
-            mask = seen.view(-1, 1, q_len, count)
+            mask = seen[None, None] if seen.ndim == 2 else seen[:, None]
         if mask.dtype == torch.bool:
             return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, _MASKED)
         return mask.float()

@@ -8,6 +8,7 @@ from typing import Protocol, TypeGuard, cast
 
 from torch import Tensor
 
+from nexusquant.errors import UnsupportedError
 from nexusquant.frame import KeyFrame
 from nexusquant.layout import RowLayout
 from nexusquant.mask import Mask
@@ -166,9 +167,20 @@ class Request:
     sink_logits: Tensor | None = None
 
     @property
+    def stop(self) -> int:
+        """All slots are below."""
+        return max(part.slots.stop for part in self.parts)
+
+    @property
     def kv_heads(self) -> int:
-        """KV heads of the layer."""
-        whole = next(part for part in self.parts if part.heads is None)
+        """KV heads of the layer.
+
+        Raises:
+            UnsupportedError: no part has all of them.
+        """
+        whole = next((part for part in self.parts if part.heads is None), None)
+        if whole is None:
+            raise UnsupportedError("attention to stored tokens needs one part of all heads.")
         return whole.gains.shape[1] if is_coded(whole) else exact(whole).keys.shape[1]
 
 

@@ -43,7 +43,12 @@ class Reference:
         """Attention to all parts, one after another."""
         kv_heads = request.kv_heads
         grouped = request.query.float().unflatten(1, (kv_heads, -1)) * request.scaling
-        partials = [self._attend_part(grouped, part, request) for part in request.parts]
+        partials = [
+            self._attend_part(grouped, part, request)
+            for part in request.parts if part.slots.count
+        ]  # fmt: skip
+        if not partials:
+            partials.append(_nothing(grouped, request.parts[0]))
         if request.sink_logits is not None:
             lse = request.sink_logits.float().view(1, kv_heads, -1, 1, 1).expand_as(partials[0].lse)
             partials.append(Partial(torch.zeros_like(partials[0].output), lse))
@@ -113,6 +118,13 @@ class Reference:
             yield request.frame.leave(keys, at), values, at
 
 
+def _nothing(query: Tensor, part: Coded | Exact) -> Partial:
+    """Attention of query (b, h, g, q, d) to no token."""
+    dim = 8 * part.layouts[1].groups if is_coded(part) else exact(part).values.shape[-1]
+    lse = query.new_full((*query.shape[:-1], 1), _MASKED)
+    return Partial(query.new_zeros(*query.shape[:-1], dim), lse)
+
+
 def merge(parts: Sequence[Partial]) -> Partial:
     """Attention over the union of disjoint sets of tokens."""
     lse = torch.stack([part.lse for part in parts])
@@ -128,7 +140,7 @@ def _gains(y: Tensor, layout: RowLayout, book: Book) -> Tensor:
     """Gain codes (b, h, t) of vectors in code space: their RMS, unless that clips too much."""
     stored = layout.stored(y.device).repeat_interleave(GROUP, -1).float()
     count = stored.sum(-1, keepdim=True).clamp(min=1)
-    rms = ((y.square() * stored[:, None]).sum(-1) / count).sqrt()
+    rms = ((y * stored[:, None]).square().sum(-1) / count).sqrt()  # NaN if any is, or infinite
     if not bool((rms <= LIMIT).all()):
         raise too_large(int((~(rms <= LIMIT)).sum()), rms.numel())
     gains = encode_gain(rms)

@@ -30,7 +30,6 @@ from nexusquant.kernels.cpu.tables import (
 from nexusquant.kernels.plans import Plans, one_space
 from nexusquant.kernels.reference import Reference, too_large
 from nexusquant.layout import RowLayout
-from nexusquant.mask import Mask
 from nexusquant.math.e8 import Book
 from nexusquant.math.gains import LIMIT
 from nexusquant.pages import Pages, pages_of
@@ -168,7 +167,7 @@ def _attend(request: Request) -> Partial | None:
     output, lse = (torch.empty(batch, kv_heads, held, n) for n in (dim_v, 1))
     with _threads():
         attend.attend(
-            (0,) * held, call, _bias(request.mask, q_len, kv_heads, keep), *plan.spaces, plan.table,
+            (0,) * held, call, _bias(request, q_len, kv_heads, keep), *plan.spaces, plan.table,
             table, output.data_ptr(), lse.data_ptr(),
         )  # fmt: skip
     del keep
@@ -272,9 +271,10 @@ def _centre(x: Tensor | None, batch: int, kv_heads: int, keep: list[Any]) -> tup
     return _contiguous(x.expand(batch, kv_heads, 1, -1), keep), x.shape[-1], _DTYPES[x.dtype]
 
 
-def _bias(mask: Mask, q_len: int, kv_heads: int, keep: list[Any]) -> Bias:
+def _bias(request: Request, q_len: int, kv_heads: int, keep: list[Any]) -> Bias:
     """What the mask adds to logits."""
-    if q_len == 1 and mask.causal_only:
+    mask = request.mask
+    if mask.hides_nothing(q_len, request.stop):
         return Bias(0, 0, 0, 0, 0, 0, 0)
     x = mask.columns(q_len).contiguous()
     keep.append(x)

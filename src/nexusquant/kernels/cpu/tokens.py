@@ -175,7 +175,8 @@ def soften(R, logits, blocks, softcap):
     for r in range(R):
         for block in range(blocks):
             x = load(logits, r * TILE + LANES * block)
-            e = exp(x * splat(f32(2) / softcap))
+            z = x * splat(f32(2) / softcap)
+            e = exp(choose(z > splat(f32(88)), splat(f32(88)), z))
             y = splat(softcap) - splat(f32(2) * softcap) / (e + splat(f32(1)))
             store(logits, r * TILE + LANES * block, choose(x > splat(HIDDEN), y, x))
 

@@ -54,6 +54,7 @@ def _masked(x, BIAS, bias_batch, bias_head, bias_query, columns, first_column, b
         head = h * (ROWS // Q_LEN) + r // Q_LEN
         at = BIAS + b * bias_batch + (head * bias_head + (r % Q_LEN) * bias_query)[None, :]
         x += tl.load(at + column[:, None], mask=seen, other=0.0)
+        x = tl.where((x < -1e37) & (x > HIDDEN), -1e37, x)  # no mask's least number is infinite
     return tl.where(seen, x, HIDDEN)
 
 

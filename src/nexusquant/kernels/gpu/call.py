@@ -55,7 +55,7 @@ class Call:
         coded, uncoded = _kinds(request)
         batch, heads, q_len, dim = request.query.shape
         kv_heads, device = request.kv_heads, request.query.device
-        if heads // kv_heads * q_len > ROWS or dim > _MAX_DIM:
+        if not (coded or uncoded) or heads // kv_heads * q_len > ROWS or dim > _MAX_DIM:
             return None
         if any(x.dtype not in _DTYPES for part in uncoded for x in (part.keys, part.values)):
             return None
@@ -93,7 +93,7 @@ class Call:
     def _bias(self) -> tuple[Any, ...]:
         """What the mask adds to logits, its strides, columns and the first of them."""
         mask = self.request.mask
-        if self.q_len == 1 and mask.causal_only:
+        if mask.hides_nothing(self.q_len, self.request.stop):
             return self.query, 0, 0, 0, 0, 0
         x = mask.columns(self.q_len).contiguous().to(self.query.device)
         own = (0 if x.shape[i] == 1 else x.stride(i) for i in range(3))
@@ -199,9 +199,10 @@ class Call:
 
 
 def _kinds(request: Request) -> tuple[list[Coded], list[Exact]]:
-    """Coded and other parts."""
-    coded = [part for part in request.parts if is_coded(part)]
-    return coded, [exact(part) for part in request.parts if not is_coded(part)]
+    """Coded and other parts that hold tokens."""
+    parts = [part for part in request.parts if part.slots.count]
+    coded = [part for part in parts if is_coded(part)]
+    return coded, [exact(part) for part in parts if not is_coded(part)]
 
 
 def _padded(dim: int) -> int:

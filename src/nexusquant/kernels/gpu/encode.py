@@ -58,7 +58,8 @@ def _entered(
 def _gain(y, seen, stored, reach, price, BOUNDARIES, GAINS, BAD, limit):
     """Gain codes of y (tokens, DP); see `kernels.reference`."""
     count = tl.maximum(tl.sum(stored.to(tl.float32), 0), 1.0)
-    rms = tl.sqrt(tl.sum(tl.where(stored[None, :], y * y, 0.0), 1) / count)
+    own = y * stored.to(tl.float32)[None, :]  # NaN if y is, or infinite
+    rms = tl.sqrt(tl.sum(own * own, 1) / count)
     bad = tl.sum((seen & ~(rms <= limit)).to(tl.int32), 0)
     if bad > 0:
         tl.atomic_add(BAD, bad)
