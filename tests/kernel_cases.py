@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from nexusquant.kernels import operators
 from nexusquant.kernels.base import Operator, Request
 from nexusquant.kernels.reference import Reference
 from nexusquant.layout import RowLayout
-from nexusquant.math.e8 import Book
+from nexusquant.math.e8 import BITS, Book
 from nexusquant.quantizer import Centre, Orthonormal, Quantizer
 from nexusquant.slots import Slots
 from nexusquant.tokens import CodedTokens
@@ -39,6 +40,14 @@ def tiers(
         )
         for layout, at in zip(layouts, slots, strict=True)
     ]  # fmt: skip
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> RowLayout:
+    """Any rates, for one to three heads."""
+    heads, groups = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    head = st.tuples(*[st.sampled_from((0, *BITS))] * groups)
+    return RowLayout(tuple(draw(st.lists(head, min_size=heads, max_size=heads))))
 
 
 def layout_of(heads: int, groups: int, top: int) -> RowLayout:

@@ -25,12 +25,12 @@ from nexusquant.kernels.gpu.parts import write_positions
 from nexusquant.kernels.reference import Reference
 from nexusquant.layout import RowLayout
 from nexusquant.mask import Mask
-from nexusquant.math.e8 import BITS, Book
+from nexusquant.math.e8 import Book
 from nexusquant.slots import Slots
 from nexusquant.tokens import ExactTokens
 from tests.attention_cases import exact_part, rope_frame
 from tests.chunks import ragged, shared, uneven
-from tests.kernel_cases import check, layout_of, same_but_for_ties, tiers
+from tests.kernel_cases import check, layout_of, layouts, same_but_for_ties, tiers
 from tests.tiny_checkpoint import tiny_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -183,13 +183,6 @@ def test_nan_that_is_not_coded(triton: Triton) -> None:
     x[0, 0, 7, 9] = torch.nan
     with pytest.raises(NonFiniteError, match="1 of 20 vectors"):
         triton.encode(x, RowLayout(((4, 0),)), Book())
-
-
-@st.composite
-def layouts(draw: st.DrawFn) -> RowLayout:
-    heads, groups = draw(st.integers(1, 3)), draw(st.integers(1, 5))
-    head = st.tuples(*[st.sampled_from((0, *BITS))] * groups)
-    return RowLayout(tuple(draw(st.lists(head, min_size=heads, max_size=heads))))
 
 
 @settings(max_examples=15, deadline=None)

@@ -20,17 +20,10 @@ from nexusquant.kernels.reference import Reference
 from nexusquant.layout import RowLayout
 from nexusquant.math.e8 import BITS, Book
 from tests.attention_cases import CPU
-from tests.kernel_cases import FAST, same_but_for_ties
+from tests.kernel_cases import FAST, layouts, same_but_for_ties
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 needs_numba = pytest.mark.skipif(not FAST, reason="no Numba, no threads of its own")
-
-
-@st.composite
-def layouts(draw: st.DrawFn) -> RowLayout:
-    heads, groups = draw(st.integers(1, 3)), draw(st.integers(1, 5))
-    head = st.tuples(*[st.sampled_from((0, *BITS))] * groups)
-    return RowLayout(tuple(draw(st.lists(head, min_size=heads, max_size=heads))))
 
 
 @settings(max_examples=60, deadline=None)
