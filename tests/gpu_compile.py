@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,10 @@ def longest_loop(sass: str) -> int:
 def kernel(fn: Any, warps: int, types: dict[str, str] | None = None, **constants: Any) -> Any:
     """Resources of one kernel."""
     usage, sass = compiled(fn, constants, warps, **(types or {}))
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"cuobjdump reports no registers and stack: {usage}")
+    registers, stack = map(int, found.groups())
     return {"registers": registers, "stack": stack, "instructions": len(instructions(sass)[0])}
 
 
@@ -168,7 +172,7 @@ def main() -> None:
         for bits in (1, 2, 3, 4):
             _, sass = compiled(fn, {"BITS": bits, "N": 16, "BN": TILE}, 1)
             per_element.setdefault(side, {})[bits] = longest_loop(sass) * 32 / (TILE * 16)
-    print(json.dumps({"kernels": result, "per_element": per_element}))  # noqa: T201 - its output
+    sys.stdout.write(json.dumps({"kernels": result, "per_element": per_element}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for sm_90 without a GPU, without spills and duplicated work."""
+"""The Triton kernels compile for sm_90 without a GPU, no spills in loops, no work done twice."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads(done.stdout)
 
 
-def test_nothing_spills(compiled: Any) -> None:
+def test_no_loop_over_tokens_spills(compiled: Any) -> None:
     spilled = {name: x["stack"] for name, x in compiled["kernels"].items() if x["stack"]}
     assert set(spilled) <= {"merge", "page_queries"}  # once per head, and small
     assert all(size <= 256 for size in spilled.values()), spilled

@@ -23,7 +23,7 @@ from tests.attention_cases import CPU
 from tests.kernel_cases import FAST, layouts, same_but_for_ties
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-needs_numba = pytest.mark.skipif(not FAST, reason="no Numba, no threads of its own")
+needs_numba = pytest.mark.skipif(not FAST, reason="tests Numba itself, which is an optional extra")
 
 
 @settings(max_examples=60, deadline=None)

@@ -149,9 +149,10 @@ def _file(path: str | Path) -> Path:
             "a profile is given as a Profile or as the path of its file (str or Path), not as"
             f" {type(path).__name__}."
         )
-    # Path.expanduser raises RuntimeError for the home of an unknown user; this leaves "~nobody" as
-    # it is, and the caller says that there is no such file.
-    return Path(os.path.expanduser(path))  # noqa: PTH111
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user: the caller says that there is no such file
+        return Path(path)
 
 
 def _header(path: str | Path, metadata: dict[str, str] | None) -> dict[str, Any]:

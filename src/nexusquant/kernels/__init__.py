@@ -29,7 +29,8 @@ def operator_for(device: torch.device) -> Operator:
     """The operator in force on a device.
 
     Raises:
-        ConfigError: the one asked for is unknown or cannot run there.
+        ConfigError: the one asked for is unknown, or what it needs is not installed. (One for
+            another device is passed over.)
     """
     return _chosen(device.type, _forced)
 

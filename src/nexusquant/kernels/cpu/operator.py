@@ -180,11 +180,13 @@ _turn = threading.Lock()
 def _threads() -> AbstractContextManager[object]:
     """As many as PyTorch uses; one caller at a time where Numba's threads take only one."""
     wanted = torch.get_num_threads()
-    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # set as it loads
+    # Both ignores: Numba has no stubs, so mypy reads its sources. There, settings are assigned
+    # through globals(), and threading_layer, though documented, is missing in __all__.
+    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     numba.set_num_threads(min(wanted, most))
     if torch.get_num_threads() != wanted:  # starting its threads, Numba tells OpenMP how many
         torch.set_num_threads(wanted)
-    layer = numba.threading_layer()  # type: ignore[attr-defined]  # public, but not in its stubs
+    layer = numba.threading_layer()  # type: ignore[attr-defined]
     return _turn if layer == "workqueue" else nullcontext()
 
 

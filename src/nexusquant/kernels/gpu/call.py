@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -112,10 +112,8 @@ class Call:
         """Attention to uncoded tokens: output, largest logits, sums of weights, splits."""
         if not self.uncoded:
             return self.query, self.query, self.query, 0
-        dtype = torch.float16
-        for part in self.uncoded:
-            for x in (part.keys, part.values):
-                dtype = torch.promote_types(dtype, x.dtype)
+        dtypes = [x.dtype for part in self.uncoded for x in (part.keys, part.values)]
+        dtype = reduce(torch.promote_types, dtypes)
         keep: list[Tensor] = []
         table = torch.zeros(len(self.uncoded), attend.FIELDS.value, dtype=torch.int64)
         places = places_of(self.uncoded, table)
