@@ -117,7 +117,7 @@ def unit_metrics() -> Iterator[None]:
 @contextmanager
 def unknown_output() -> Iterator[None]:
     """Neither the output projection nor the residual stream is known."""
-    with patch("nexusquant.hf.dispatch.output_side", lambda *_: OutputSide()):
+    with patch("nexusquant.hf.attention.output_side", lambda *_: OutputSide()):
         yield
 
 

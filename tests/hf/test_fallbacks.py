@@ -209,14 +209,33 @@ def test_training_through_a_compressed_cache_is_refused() -> None:
         model(prompt(60), past_key_values=NexusCache(model))
 
 
+@torch.no_grad()
+def test_output_attentions_from_the_start_keeps_the_cache_exact_with_one_warning() -> None:
+    model = tiny("llama", "eager")
+    cache = NexusCache(model, residual_length=8)
+    stock = DynamicCache(config=model.config)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        for tokens in (40, 2, 30):
+            mine, theirs = (
+                model(prompt(tokens), past_key_values=c, output_attentions=True)
+                for c in (cache, stock)
+            )
+            assert torch.equal(mine.attentions[0], theirs.attentions[0])
+            assert torch.equal(mine.logits, theirs.logits)
+    (only,) = given
+    assert only.category is NexusQuantWarning
+    assert "output_attentions" in str(only.message)
+    assert not cache.stats().compressed_layers
+
+
+@torch.no_grad()
 def test_output_attentions_over_codes_is_refused() -> None:
     model = tiny("llama", "eager")
     cache = NexusCache(model, residual_length=8)
-    with torch.no_grad():
-        first = model(prompt(40), past_key_values=cache, output_attentions=True)
-        assert first.attentions[0].shape == (1, 4, 40, 40)
-        with pytest.raises(UnsupportedError, match="output_attentions"):
-            model(prompt(2), past_key_values=cache, output_attentions=True)
+    model(prompt(40), past_key_values=cache)
+    with pytest.raises(UnsupportedError, match="output_attentions"):
+        model(prompt(2), past_key_values=cache, output_attentions=True)
 
 
 def test_reading_evicted_keys_is_refused_and_coded_ones_are_decoded() -> None:

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from nexusquant import CompressionConfig, NexusCache
-from nexusquant.hf import dispatch
+from nexusquant.hf import attention as hf_attention
 from nexusquant.hf.output_side import output_side
 from nexusquant.residual import OutputSide
 from tests.hf.models import KINDS, left_padded, prompt, tiny
@@ -159,7 +159,7 @@ class Seen:
             self.sides.append((module, output_side(module, *rest)))
             return self.sides[-1][1]
 
-        monkeypatch.setattr(dispatch, "output_side", note)
+        monkeypatch.setattr(hf_attention, "output_side", note)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -11,7 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from nexusquant import CompressionConfig, NexusCache
-from nexusquant.hf.rope_tables import RopeBook, RotaryCall, rotary_frequencies
+from nexusquant.hf.quirks import RotaryCall
+from nexusquant.hf.rope_tables import RopeBook, rotary_frequencies
 from tests.hf.models import assert_same_run, generate, left_padded, prompt, step_logits, tiny
 
 # Everything waits, uncoded, with its rows; RoPE is removed altogether.
@@ -218,8 +219,8 @@ def test_wrong_rows_leave_keys_as_rotated(cos: Tensor, sin: Tensor) -> None:
     def record(call: RotaryCall | None) -> Any:
         return book.record(None, call, module, 0, lambda: rotary_frequencies(model), 16)
 
-    assert record(RotaryCall(cos, sin, None)) is None
+    assert record(RotaryCall(cos, sin, None, cos)) is None
     assert record(None) is None
     assert not book.tables
     right = model.model.rotary_emb(cos, torch.arange(9)[None])
-    assert record(RotaryCall(*right, None)) is not None
+    assert record(RotaryCall(*right, None, right[0])) is not None

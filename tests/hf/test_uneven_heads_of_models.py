@@ -14,7 +14,7 @@ from nexusquant import CompressionConfig, NexusCache, UnsupportedError, nexusqua
 from nexusquant.accounting import storage_bytes
 from nexusquant.compressor import Stored, compress
 from nexusquant.frame import KeyFrame
-from nexusquant.hf.handle import Snapshot
+from nexusquant.hf.snapshot import Snapshot
 from nexusquant.slots import Slots
 from nexusquant.tokens import ExactTokens
 from tests.chunks import ragged, shared, uneven
@@ -165,12 +165,13 @@ def test_tensors_exist_only_where_all_heads_have_the_tokens(codec: str) -> None:
                for part in ragged(stored))  # fmt: skip
     layer: Any = SimpleNamespace(frame=lambda: KeyFrame(None, 0), layer_idx=0)
     tail = torch.randn(2, 2, 3, 5, 32)
-    keys, values = Snapshot(layer, stored, tail[0], tail[1], 200, 1, 192).dense()
+    snapshot = Snapshot(layer, stored, tail[0], tail[1], 200, 1, 192)
+    keys, values = snapshot.dense(0), snapshot.dense(1)
     for found, x, new in ((keys, source.keys, tail[0]), (values, source.values, tail[1])):
         atol = 0.1 if codec == "e8" else 0
         torch.testing.assert_close(found, torch.cat([x[:, :, 192:], new], 2), rtol=0, atol=atol)
     with pytest.raises(UnsupportedError, match="evicted"):
-        Snapshot(layer, stored, tail[0], tail[1], 200, 1, 100).dense()
+        Snapshot(layer, stored, tail[0], tail[1], 200, 1, 100).dense(0)
 
 
 def test_a_token_that_one_head_lacks_is_missed_wherever_it_is() -> None:
@@ -185,4 +186,4 @@ def test_a_token_that_one_head_lacks_is_missed_wherever_it_is() -> None:
     layer: Any = SimpleNamespace(frame=lambda: KeyFrame(None, 0), layer_idx=0)
     tail = torch.randn(2, 1, 2, 1, 8)
     with pytest.raises(UnsupportedError, match="evicted"):
-        Snapshot(layer, Stored(None, tuple(parts)), tail[0], tail[1], 3, 1, 0).dense()
+        Snapshot(layer, Stored(None, tuple(parts)), tail[0], tail[1], 3, 1, 0).dense(1)

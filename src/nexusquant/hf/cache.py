@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from typing import Any
 
 from torch import nn
@@ -11,6 +13,14 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from nexusquant.accounting import CacheStats, storage_bytes
 from nexusquant.config import CompressionConfig, resolve_config
 from nexusquant.errors import UnsupportedError
+from nexusquant.hf.hybrid import (
+    STOCK_HYBRID,
+    STOCK_HYBRID_SLIDING,
+    STOCK_LINEAR,
+    CompactHybridLayer,
+    CompactHybridSlidingLayer,
+    LinearStateLayer,
+)
 from nexusquant.hf.install import Lease
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
@@ -18,6 +28,9 @@ from nexusquant.hf.profiles import ProfileBook, ProfileLike
 from nexusquant.hf.rope_tables import RopeBook
 from nexusquant.hf.sliding import CompactSlidingLayer
 from nexusquant.profile import Profile
+
+compacted: weakref.WeakSet[Cache] = weakref.WeakSet()
+"""Caches that went through `compact_layers`, whether or not any layer could be compressed."""
 
 
 def check_model(model: nn.Module) -> None:
@@ -40,6 +53,10 @@ def check_model(model: nn.Module) -> None:
         raise UnsupportedError(
             f"{type(model).__name__} has no attention layers, so there is nothing to compress."
         )
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedError(
+            f"{type(model).__name__} keeps no key-value cache, so there is nothing to compress."
+        )
 
 
 def compact_layers(
@@ -52,19 +69,18 @@ def compact_layers(
     """Swap the attention layers of an empty `DynamicCache` for compact ones, in place."""
     lease = Lease(model)
     layers = cache.layers or plain_cache(model).layers
-    book, mixed = RopeBook(), any(type(layer) is DynamicLayer for layer in layers)
+    book, mixed = RopeBook(), any(type(layer) in (DynamicLayer, STOCK_HYBRID) for layer in layers)
     swapped: list[Any] = []
     kept: dict[str, int] = {}
     for index, layer in enumerate(layers):
-        if type(layer) is DynamicLayer:
-            new: Any = CompactLayer(config, index, notices)
-        elif type(layer) is DynamicSlidingWindowLayer:
-            new = CompactSlidingLayer(config, index, notices, layer.sliding_window, mixed)
-        else:
+        new = _compact(layer, config, index, notices, mixed)
+        if new is None:
             kept[type(layer).__name__] = kept.get(type(layer).__name__, 0) + 1
             swapped.append(layer)
             continue
-        new.book, new.lease, new.profiles = book, lease, profiles
+        new.lease = lease
+        if isinstance(new, CompactLayer):
+            new.book, new.profiles = book, profiles
         if getattr(layer, "record_past", False):
             new.activate_past_recording()
         swapped.append(new)
@@ -73,6 +89,26 @@ def compact_layers(
         notices.warn(f"layers that stay uncompressed in this model: {what}.")
     cache.layers = swapped
     cache.layer_class_to_replicate = None
+    compacted.add(cache)
+
+
+def _compact(
+    layer: Any, config: CompressionConfig, index: int, notices: Notices, mixed: bool
+) -> Any:
+    """Our layer in place of a stock one, None if there is none."""
+    kind, ours = type(layer), (config, index, notices)
+    if kind is DynamicLayer:
+        return CompactLayer(*ours)
+    if kind is DynamicSlidingWindowLayer:
+        return CompactSlidingLayer(*ours, layer.sliding_window, mixed)
+    if kind is STOCK_LINEAR:
+        return LinearStateLayer(number_of_states=layer.number_of_states)
+    if kind is STOCK_HYBRID:
+        return CompactHybridLayer(*ours, number_of_states=layer.number_of_states)
+    if kind is STOCK_HYBRID_SLIDING:
+        window = layer.sliding_window, mixed
+        return CompactHybridSlidingLayer(*ours, *window, number_of_states=layer.number_of_states)
+    return None
 
 
 def text_config(model: Any) -> Any:
@@ -94,7 +130,9 @@ def cache_stats(cache: Cache) -> CacheStats:
     others = [vars(layer) for layer in layers if not isinstance(layer, CompactLayer)]
     elements = sum(layer.elements for layer in compact)
     for layer in layers:
-        if not isinstance(layer, CompactLayer):
+        if isinstance(layer, LinearStateLayer):
+            elements += layer.elements
+        elif not isinstance(layer, CompactLayer):
             for name in ("keys", "values"):
                 tensor = getattr(layer, name, None)
                 elements += tensor.numel() if tensor is not None else 0

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from nexusquant.config import CompressionConfig, resolve_config
-from nexusquant.hf.cache import check_model, compact_layers, plain_cache, text_config
+from nexusquant.hf.cache import check_model, compact_layers, compacted, plain_cache, text_config
 from nexusquant.hf.install import Installation
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.passes import named_arguments
@@ -88,7 +88,8 @@ def _before(
 
 
 def _compact(model: nn.Module, run: Run, cache: Any) -> None:
-    if any(isinstance(layer, CompactLayer) for layer in getattr(cache, "layers", ())):
+    layers = getattr(cache, "layers", ())
+    if cache in compacted or any(isinstance(layer, CompactLayer) for layer in layers):
         run.adopt(cache)
     elif type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         kind = "offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__

@@ -1,155 +1,36 @@
-"""Attention for compressed caches: calls that carry our handles, and what they were called with."""
+"""Attention calls that carry our handles come to us, all others go where they always went."""
 
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from nexusquant.attention import attend
 from nexusquant.errors import UnsupportedError
-from nexusquant.hf.handle import KVHandle, Snapshot
-from nexusquant.hf.output_side import output_side
-from nexusquant.hf.passes import current_block, rotary_of
-from nexusquant.hf.rope_tables import rotary_frequencies
-from nexusquant.hf.tail import Call
-from nexusquant.mask import Mask
-from nexusquant.math.rope import Frequencies
-
-_REFUSED = ("position_bias", "indices", "block_indices", "cu_seq_lens_q")
-
-model_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
-"""Attention module to the model it was hooked in."""
+from nexusquant.hf.attention import nexus_attention
+from nexusquant.hf.handle import KVHandle
 
 
-def _candidates(module: nn.Module) -> list[Frequencies]:
-    reference = model_of.get(module)
-    model = reference() if reference is not None else None
-    return rotary_frequencies(model) if model is not None else []
-
-
-def _nexus_attention(
-    original: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: KVHandle,
-    value: KVHandle,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Exact attention while nothing is compressed, else over codes; then compress this layer."""
-    snapshot: Snapshot = key.snapshot
-    layer = snapshot.layer
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    _check(module, query, snapshot, attention_mask, kwargs)
-    layer.record_rotary(rotary_of(module), module, snapshot, lambda: _candidates(module))
-    if not snapshot.compressed:
-        keys, values = snapshot.dense()
-        output, weights = original(
-            module, query, keys, values, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-    else:
-        _refuse(module, kwargs)
-        mask = Mask(
-            attention_mask, snapshot.length - snapshot.new, snapshot.first_column,
-            kwargs.get("sliding_window"),
-        )  # fmt: skip
-        output = attend(
-            query, snapshot.parts(), mask, frame=layer.frame(), scaling=scale,
-            softcap=kwargs.get("softcap"), sink_logits=kwargs.get("s_aux"),
-        ).transpose(1, 2).contiguous()  # fmt: skip
-        weights = None
-    if output.requires_grad and snapshot.length > snapshot.new:
-        output.register_hook(_no_gradient)
-    valid = _valid(attention_mask, snapshot)
-    width = query.shape[1] * snapshot.tail_values.shape[-1]
-    call = Call(
-        query.detach(), valid, scale, kwargs.get("softcap"),
-        lambda: output_side(module, width, *current_block(query.shape[2])),
-    )  # fmt: skip
-    layer.absorb(call)
-    return output, weights
-
-
-def _no_gradient(_: Tensor) -> Tensor:
-    raise UnsupportedError(
-        "no gradient flows into the past of a compressed cache; run the whole text in one forward"
-        " pass, or without a cache (use_cache=False)."
-    )
-
-
-def _check(
-    module: nn.Module, query: Tensor, snapshot: Snapshot, mask: Any, kwargs: dict[str, Any]
-) -> None:
-    """What can never work on a cache that will be compressed."""
-    if not query.shape[2]:
-        raise UnsupportedError("a forward pass over no tokens: give at least one.")
-    if module.training and query.requires_grad:
-        raise UnsupportedError(
-            "no gradient flows through a compressed cache; call model.eval() first, or train"
-            " without a cache (use_cache=False)."
-        )
-    if query.shape[1] % snapshot.tail_keys.shape[1]:
-        raise UnsupportedError(
-            f"{type(module).__name__}: {query.shape[1]} query heads do not divide into"
-            f" {snapshot.tail_keys.shape[1]} KV heads."
-        )
-    if mask is not None and not torch.is_tensor(mask):
-        raise UnsupportedError(
-            f"{type(module).__name__} passes a mask of type {type(mask).__name__}; load the model"
-            " with attn_implementation='sdpa'."
-        )
-
-
-def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Arguments that attention over codes does not implement."""
-    given = [name for name in _REFUSED if kwargs.get(name) is not None]
-    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
-        given.append("is_causal=False")
-    if kwargs.get("output_attentions"):
-        given.append("output_attentions")
-    if given:
-        raise UnsupportedError(
-            f"{type(module).__name__}: {', '.join(given)} cannot be used with a compressed past."
-        )
-
-
-def _valid(mask: Tensor | None, snapshot: Snapshot) -> Tensor | None:
-    """(batch, tail) bool: tail tokens that some query may see; None if all."""
-    if mask is None:
-        return None
-    if mask.ndim == 2:
-        seen = mask.bool()
-    elif mask.dtype == torch.bool:
-        seen = mask.any(-2).any(1)
-    else:
-        seen = (mask > torch.finfo(mask.dtype).min / 2).any(-2).any(1)
-    batch, tail = snapshot.tail_keys.shape[0], snapshot.tail_keys.shape[2]
-    start = snapshot.tail_start - snapshot.first_column
-    columns = torch.arange(start, start + tail, device=seen.device)
-    picked = seen[:, columns.clamp(min=0)] & (columns >= 0)
-    return None if bool(picked.all()) else picked.expand(batch, -1)
+def _ours(key: Any, value: Any) -> bool:
+    """Whether both are what `update` returned; reshaped ones are no longer keys and values."""
+    return all(isinstance(x, KVHandle) and x.untouched for x in (key, value))
 
 
 def make_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
     def dispatch(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        module: nn.Module, query: Tensor, key: Any, value: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if isinstance(key, KVHandle) and isinstance(value, KVHandle):
-            return _nexus_attention(original, module, query, key, value, *args, **kwargs)
+        if _ours(key, value):
+            return nexus_attention(original, module, query, key.snapshot, *args, **kwargs)
         return original(module, query, key, value, *args, **kwargs)
 
     return dispatch
 
 
 def eager_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Any, value: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """The eager function of the module's own file, or ours."""
     original = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -158,6 +39,6 @@ def eager_attention(
             f"{type(module).__name__} has no eager attention function we can find; load the model"
             " with attn_implementation='sdpa'."
         )
-    if isinstance(key, KVHandle) and isinstance(value, KVHandle):
-        return _nexus_attention(original, module, query, key, value, *args, **kwargs)
+    if _ours(key, value):
+        return nexus_attention(original, module, query, key.snapshot, *args, **kwargs)
     return original(module, query, key, value, *args, **kwargs)

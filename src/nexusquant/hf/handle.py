@@ -1,115 +1,70 @@
 """What a compact layer's `update` returns: K and V by name only, without storage.
 
-A handle has the logical shape of the tensor it stands for. Our attention function reads its
-snapshot; any other operation materialises it, so models that touch K or V in between still work.
+A handle has the logical shape of the tensor it stands for. Attention functions that transformers
+dispatches to us read its snapshot. Models that multiply queries, keys and values themselves (GPT-J,
+BLOOM, Falcon, ...) see a tensor: reshaping, transposing and casting it gives another handle; the
+product with the queries is computed on decoded keys, and what was evicted gets the least logit
+there is, so that the model's own softmax gives it no weight. Any other operation materialises the
+tensor, so models that touch K or V in between still work.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from nexusquant.compressor import Stored
-from nexusquant.errors import UnsupportedError
-from nexusquant.kernels.base import spread
-from nexusquant.slots import Slots
-from nexusquant.tokens import CodedTokens, ExactTokens
+from nexusquant.hf.attention import attended, nexus_attention
+from nexusquant.hf.passes import attention_under_way, note_read
+from nexusquant.hf.quirks import scaling_of
+from nexusquant.hf.snapshot import Snapshot
 
-if TYPE_CHECKING:
-    from nexusquant.hf.layer import CompactLayer
+_aten = torch.ops.aten
+KEYS, VALUES = 0, 1
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """One layer at one `update`: the stored past, the uncoded tail including the new tokens.
+class _View:
+    """How a handle's tensor follows from K or V (batch, kv_heads, tokens, dim).
 
     Args:
-        tail_keys, tail_values: (batch, kv_heads, tail, dim) at slots tail_start, tail_start + 1...
-        new: how many of them came with this call.
-        first_column: slot that column 0 of the attention mask stands for.
+        repeat: copies of the only KV head.
+        flat: batch and heads are one dimension.
+        transposed: the last two dimensions are swapped.
+        dtype: cast to; None as K and V are.
     """
 
-    layer: CompactLayer
-    stored: Stored
-    tail_keys: Tensor
-    tail_values: Tensor
-    tail_start: int
-    new: int
-    first_column: int
+    repeat: int = 1
+    flat: bool = False
+    transposed: bool = False
+    dtype: torch.dtype | None = None
 
-    @property
-    def length(self) -> int:
-        """Logical length, the new tokens included."""
-        return self.tail_start + self.tail_keys.shape[2]
+    def shape(self, base: tuple[int, ...]) -> tuple[int, ...]:
+        batch, heads, tokens, dim = base
+        lead = (batch * heads * self.repeat,) if self.flat else (batch, heads * self.repeat)
+        return (*lead, dim, tokens) if self.transposed else (*lead, tokens, dim)
 
-    @property
-    def visible(self) -> int:
-        """Length of the K and V that an uncompressed layer would return."""
-        return self.length - self.first_column
+    def strides(self, base: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a tensor that is contiguous but for the transposition."""
+        tokens, dim = base[2:]
+        whole = tokens * dim
+        lead = (whole,) if self.flat else (base[1] * self.repeat * whole, whole)
+        return (*lead, 1, dim) if self.transposed else (*lead, dim, 1)
 
-    @property
-    def compressed(self) -> bool:
-        """Whether visible slots left the tail (possibly as padding, of which nothing is stored)."""
-        return self.tail_start > self.first_column
-
-    def parts(self) -> list[CodedTokens | ExactTokens]:
-        """Everything to attend to."""
-        tail = ExactTokens(
-            self.tail_keys, self.tail_values, Slots(self.tail_start, self.tail_keys.shape[2])
-        )
-        return [*self.stored.parts(), tail]
-
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """K and V as the uncompressed layer would return them (decoded where coded).
-
-        Raises:
-            UnsupportedError: tokens were evicted, so there is no such tensor.
-        """
-        if not self.compressed:
-            surplus = self.first_column - self.tail_start
-            return self.tail_keys[:, :, surplus:], self.tail_values[:, :, surplus:]
-        frame = self.layer.frame()
-        out = []
-        total = self.length
-        for name in ("keys", "values"):
-            reference = self.tail_keys if name == "keys" else self.tail_values
-            shape = (*reference.shape[:2], total, reference.shape[-1])
-            whole = torch.zeros(shape, dtype=reference.dtype, device=reference.device)
-            seen = torch.zeros(*reference.shape[:2], total, dtype=torch.bool, device=whole.device)
-            for part in self.parts():
-                at = part.slots.positions(part.device).expand(len(reference), part.kv_heads, -1)
-                if isinstance(part, ExactTokens):
-                    x = part.keys if name == "keys" else part.values
-                elif name == "keys":
-                    x = frame.leave(part.keys(), at)
-                else:
-                    x = part.values()
-                x, at = (spread(y, part.heads, shape[1], fill) for y, fill in ((x, 0), (at, -1)))
-                filled = at >= 0
-                index = at.clamp(min=0)
-                whole.scatter_add_(
-                    2,
-                    index[..., None].expand_as(x),
-                    torch.where(filled[..., None], x, 0).to(whole.dtype),
-                )
-                seen |= (
-                    torch.zeros_like(seen, dtype=torch.uint8)
-                    .scatter_add(2, index, filled.to(torch.uint8))
-                    .bool()
-                )
-            if not bool(seen[:, :, self.first_column :].all()):
-                raise UnsupportedError(
-                    f"layer {self.layer.layer_idx} has evicted or padded tokens, so its keys and"
-                    " values do not exist as one tensor. This model reads them outside its"
-                    " attention function; use evict_ratio=0 without padding, or an uncompressed"
-                    " cache."
-                )
-            out.append(whole[:, :, self.first_column :])
-        return out[0], out[1]
+    def of(self, x: Tensor) -> Tensor:
+        """The tensor, from K or V or what has their first three dimensions."""
+        if self.repeat > 1:
+            x = x.expand(-1, self.repeat, *x.shape[2:])
+        if self.flat:
+            x = x.flatten(0, 1)
+        if self.transposed:
+            x = x.mT
+        return x if self.dtype is None else x.to(self.dtype)
 
 
 class KVHandle(torch.Tensor):
@@ -117,19 +72,18 @@ class KVHandle(torch.Tensor):
 
     snapshot: Snapshot
     which: int
-
-    # torch documents assigning this to leave everything to __torch_dispatch__, but its stub
-    # declares a method, so no assignment type-checks.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    seen_as: _View
 
     @staticmethod
-    def __new__(cls, snapshot: Snapshot, which: int) -> KVHandle:
-        like = (snapshot.tail_keys, snapshot.tail_values)[which]
-        shape = (*like.shape[:2], snapshot.visible, like.shape[-1])
+    def __new__(cls, snapshot: Snapshot, which: int, view: _View | None = None) -> KVHandle:
+        view = view or _View()
+        base = snapshot.shape(which)
         handle = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=like.dtype, device=like.device, requires_grad=False
-        )
-        handle.snapshot, handle.which = snapshot, which
+            cls, view.shape(base), strides=view.strides(base),
+            dtype=view.dtype or snapshot.tail_keys.dtype, device=snapshot.tail_keys.device,
+            requires_grad=False,
+        )  # fmt: skip
+        handle.snapshot, handle.which, handle.seen_as = snapshot, which, view
         return handle
 
     def __init__(self, *_: Any) -> None:
@@ -140,9 +94,34 @@ class KVHandle(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"KVHandle({'KV'[self.which]}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
+    @property
+    def untouched(self) -> bool:
+        """Whether it is what `update` returned."""
+        return self.seen_as == _View()
+
     def materialize(self) -> Tensor:
-        """The real tensor, contiguous as the handle claims to be."""
-        return self.snapshot.dense()[self.which].contiguous()
+        """The real tensor, laid out as the handle claims to be.
+
+        Raises:
+            UnsupportedError: tokens were evicted, so there is no such tensor.
+        """
+        note_read(self.snapshot.layer)
+        return self._laid_out(self.snapshot.dense(self.which))
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        x = replace(self.seen_as, transposed=False).of(x).contiguous()
+        return x.mT if self.seen_as.transposed else x
+
+    def _seen_as(self, **changes: Any) -> KVHandle:
+        return KVHandle(self.snapshot, self.which, replace(self.seen_as, **changes))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is functional.scaled_dot_product_attention:
+                return _scaled_dot_product(func, *args, **kwargs)
+            return func(*args, **kwargs)
 
     # torch calls this as a classmethod (func, types, args, kwargs); its stub declares an instance
     # method with other parameters, so no correct override matches it.
@@ -150,7 +129,150 @@ class KVHandle(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
+        special = _VIEWS.get(func) or _PRODUCTS.get(func)
+        if special is not None:
+            result = special(func, args, kwargs)
+            if result is not None:
+                return result
+
         def real(x: Any) -> Any:
             return x.materialize() if isinstance(x, KVHandle) else x
 
-        return func(*tree_map(real, args), **tree_map(real, kwargs or {}))
+        return func(*tree_map(real, args), **tree_map(real, kwargs))
+
+
+# Every function below takes (func, args, kwargs) of an operation on a handle and returns its
+# result, or None if it is not as attention modules call it.
+
+
+def _transpose(func: Any, args: Any, kwargs: Any) -> KVHandle | None:
+    x, *dims = args
+    if {dim % x.ndim for dim in dims} != {x.ndim - 2, x.ndim - 1}:
+        return None
+    return x._seen_as(transposed=not x.seen_as.transposed)
+
+
+def _permute(func: Any, args: Any, kwargs: Any) -> KVHandle | None:
+    x, dims = args
+    order = [dim % x.ndim for dim in dims]
+    plain = list(range(x.ndim))
+    if order == plain:
+        return x._seen_as()
+    if order == [*plain[:-2], plain[-1], plain[-2]]:
+        return x._seen_as(transposed=not x.seen_as.transposed)
+    return None
+
+
+def _view(func: Any, args: Any, kwargs: Any) -> KVHandle | None:
+    x, shape = args
+    base = x.snapshot.shape(x.which)
+    known = [s for s in shape if s != -1]
+    missing = x.numel() // max(1, torch.Size(known).numel())
+    wanted = tuple(missing if s == -1 else s for s in shape)
+    for flat in (False, True):
+        view = replace(x.seen_as, flat=flat)
+        if view.shape(base) == wanted:
+            return x._seen_as(flat=flat)
+    return None
+
+
+def _expand(func: Any, args: Any, kwargs: Any) -> KVHandle | None:
+    x, shape = args
+    wanted = tuple(have if s == -1 else s for s, have in zip(shape, x.shape, strict=False))
+    if wanted == tuple(x.shape):
+        return x._seen_as()
+    one_head = not x.seen_as.flat and x.ndim == 4 and x.shape[1] == 1
+    if one_head and len(wanted) == 4 and wanted == (x.shape[0], wanted[1], *x.shape[2:]):
+        return x._seen_as(repeat=wanted[1])
+    return None
+
+
+def _cast(func: Any, args: Any, kwargs: Any) -> KVHandle | None:
+    x = args[0]
+    device = kwargs.get("device")
+    if device is not None and torch.device(device) != x.device:
+        return None
+    return x._seen_as(dtype=kwargs.get("dtype") or x.seen_as.dtype)
+
+
+def _same(func: Any, args: Any, kwargs: Any) -> KVHandle | None:
+    return args[0]._seen_as()
+
+
+_VIEWS: dict[Any, Callable[[Any, Any, Any], KVHandle | None]] = {
+    _aten.transpose.int: _transpose,
+    _aten.permute.default: _permute,
+    _aten.view.default: _view,
+    _aten._unsafe_view.default: _view,
+    _aten.expand.default: _expand,
+    _aten._to_copy.default: _cast,
+    _aten.clone.default: _same,
+    _aten.detach.default: _same,
+    _aten.alias.default: _same,
+}
+
+
+def _product(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """(..., left, handle) multiplied as batches of matrices: logits, or the attention's output."""
+    *rest, left, handle = args
+    if not isinstance(handle, KVHandle) or any(isinstance(x, KVHandle) for x in (*rest, left)):
+        return None
+    logits = handle.which == KEYS
+    if handle.seen_as.transposed != logits or attention_under_way(handle.snapshot.layer) is None:
+        return None
+    snapshot = handle.snapshot
+    whole, missing = snapshot.filled(handle.which)
+    result: Tensor = func(*rest, left, handle._laid_out(whole), **kwargs)
+    if not logits:
+        _finish(snapshot)
+        return result
+    heads = whole.shape[1] * handle.seen_as.repeat
+    snapshot.queries.append(left.detach().unflatten(0, (-1, heads)).to(whole.dtype))
+    if missing is not None:
+        hidden = replace(handle.seen_as, transposed=False, dtype=None).of(missing)
+        result = result.masked_fill(hidden[..., None, :], torch.finfo(result.dtype).min)
+    return result
+
+
+_PRODUCTS: dict[Any, Callable[[Any, Any, Any], Tensor | None]] = {
+    _aten.bmm.default: _product,
+    _aten.baddbmm.default: _product,
+}
+
+
+def _finish(snapshot: Snapshot) -> None:
+    """The model multiplied its weights with the values: attention of this layer is done."""
+    running = attention_under_way(snapshot.layer)
+    if running is None or not snapshot.queries:
+        return
+    module, mask = running
+    query = snapshot.queries.pop()
+    attended(module, snapshot, query, mask, scaling_of(module, query.shape[-1]))
+
+
+def _scaled_dot_product(
+    func: Callable[..., Tensor],
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """A module calls PyTorch's attention itself (Falcon)."""
+
+    def stock(_: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **__: Any) -> tuple[Tensor, None]:
+        given = {"attn_mask": mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        return func(q, k, v, **given, **kwargs).transpose(1, 2), None
+
+    handles = [isinstance(x, KVHandle) and x.untouched for x in (key, value)]
+    running = attention_under_way(key.snapshot.layer) if all(handles) else None
+    if running is None:
+        return stock(None, query, key, value, attn_mask)[0].transpose(1, 2)
+    output, _ = nexus_attention(
+        stock, running[0], query, key.snapshot, attn_mask, scaling=scale, dropout=dropout_p
+    )
+    return output.transpose(1, 2)

@@ -18,12 +18,10 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from nexusquant.errors import UnsupportedError
-from nexusquant.hf.dispatch import (
-    eager_attention,
-    make_dispatcher,
-    model_of,
-)
-from nexusquant.hf.passes import begin, finish, remember_block, remember_rotary
+from nexusquant.hf.attention import model_of
+from nexusquant.hf.dispatch import eager_attention, make_dispatcher
+from nexusquant.hf.passes import begin, finish, remember_attention, remember_block
+from nexusquant.hf.quirks import layer_of
 
 
 class _EagerName(str):
@@ -118,9 +116,9 @@ def _hook_attention(model: nn.Module) -> list[Any]:
         model.register_forward_hook(finish, with_kwargs=True, always_call=True),
     ]
     for name, module in model.named_modules():
-        if "ttention" in type(module).__name__ and hasattr(module, "layer_idx"):
+        if "ttention" in type(module).__name__ and layer_of(module) is not None:
             model_of[module] = weakref.ref(model)
-            handles.append(module.register_forward_pre_hook(remember_rotary, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(remember_attention, with_kwargs=True))
             parent = model.get_submodule(name.rpartition(".")[0])
             handles.append(parent.register_forward_pre_hook(remember_block, with_kwargs=True))
     return handles

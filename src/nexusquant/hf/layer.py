@@ -14,18 +14,23 @@ from nexusquant.config import CompressionConfig
 from nexusquant.errors import UnsupportedError
 from nexusquant.frame import KeyFrame
 from nexusquant.hf.batch import BatchOperations
-from nexusquant.hf.handle import KVHandle, Snapshot
+from nexusquant.hf.handle import KVHandle
 from nexusquant.hf.install import Lease
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.passes import note_update
 from nexusquant.hf.profiles import ProfileBook
-from nexusquant.hf.rope_tables import LayerRope, RopeBook, RotaryCall
+from nexusquant.hf.quirks import RotaryCall
+from nexusquant.hf.rope_tables import LayerRope, RopeBook, forget_workspace
 from nexusquant.hf.second_pass import note, reads_twice
+from nexusquant.hf.snapshot import Snapshot
 from nexusquant.hf.tail import Call, Tail
 from nexusquant.math.e8 import GROUP
 from nexusquant.math.rope import Frequencies
 from nexusquant.profile import Profile
 from nexusquant.retention import WINDOW, retain
+
+UNSEEN_BITS = 4
+"""Least bits per element where no queries tell what matters."""
 
 _STATE = ("stored", "tail", "length", "deferred", "waiting", "rope")
 
@@ -34,14 +39,16 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
     """One full-attention layer's cache.
 
     `update` appends to the tail and returns handles; our attention function calls `absorb` once
-    this layer's attention has been computed, and only then are tokens compressed. A layer that is
-    never reached by our attention function therefore stays exact.
+    this layer's attention has been computed, and only then are tokens compressed. Tokens whose
+    attention nobody showed us are coded at the end of the forward pass, without eviction, and
+    decoded whenever the model reads them.
     """
 
     is_compileable = False
     is_sliding = False
     is_croppable = True
     supports_early_init = False
+    stores_tokens = True
 
     def __init__(self, config: CompressionConfig, layer_idx: int, notices: Notices) -> None:
         super().__init__()
@@ -51,7 +58,9 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         self.lease: Lease | None = None
         self.rope: LayerRope | None = None
         self.record_past = self.exact = False
-        self.reached = False  # by our attention function
+        self.reached = False  # its attention was shown to us
+        self.read = False  # the model reads keys or values as tensors: none may be missing
+        self.pending = False  # attention over the tokens added last has not been shown yet
         self.reset()
 
     def reset(self) -> None:
@@ -75,8 +84,16 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         rope = self.rope
         for name, value in zip(_STATE, state, strict=True):
             setattr(self, name, value)
+        self.pending = False
         if rope is not None:
             rope.truncate(self.length)
+
+    def end_pass(self, failed: bool) -> None:
+        """A forward pass is over: rotary rows were its workspace, a profile is complete or void."""
+        if self.rope is not None:
+            forget_workspace(self.rope.table)
+        if self.profiles is not None:
+            self.profiles.end_pass(failed)
 
     # -- what transformers asks for
 
@@ -97,11 +114,7 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         """Append K and V, each (batch, kv_heads, new, dim); returns their handles."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.length and not self.reached:
-            self.notices.warn(
-                "this model computes attention where it cannot be routed to compressed keys and"
-                " values (see docs/ARCHITECTURE.md): such layers stay exact."
-            )
+        self.absorb_unseen()
         note_update(self, self.lease.model if self.lease is not None else None)
         first_column = self.first_visible
         tail = Tail(key_states, value_states)
@@ -115,6 +128,7 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
             tail = self.tail.append(key_states, value_states)
         self.tail = tail.detached()
         self.length += key_states.shape[-2]
+        self.pending = True
         snapshot = self._snapshot(tail, key_states.shape[-2], first_column)
         return KVHandle(snapshot, 0), KVHandle(snapshot, 1)
 
@@ -163,7 +177,13 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
     @property
     def planned(self) -> CompressionConfig:
         """The config that its first tokens are coded with, which later ones follow."""
-        return self.config
+        if self.reached and not self.read:
+            return self.config
+        whole = self.config.replace(evict_ratio=0.0, max_tokens=None)
+        if self.reached:
+            return whole
+        bits = {name: max(getattr(whole, name), UNSEEN_BITS) for name in ("key_bits", "value_bits")}
+        return whole.replace(tiers=(), **bits)
 
     def frame(self) -> KeyFrame:
         """Coordinates that this layer's keys are coded in, with this forward's rows."""
@@ -187,7 +207,7 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
 
     def absorb(self, call: Call) -> None:
         """This layer's attention is done: compress the tail if it is long enough."""
-        self.reached = True
+        self.reached, self.pending = True, False
         if self.repeating:
             note(self, call)
             return
@@ -201,6 +221,33 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
             self.waiting = self._learned(call)
             return
         self._compress(call)
+
+    def absorb_unseen(self) -> None:
+        """The pass is over and nobody showed us the attention: compress without queries."""
+        if not self.pending or self.tail is None:
+            return
+        self.pending = False
+        if self.exact or self.repeating or self.config.codec == "exact":
+            return
+        call = Call(self.tail.keys[:, :, :0], None, 1.0, None)
+        if call.fills(self.tail, self.config.residual_length) and not self.reached:
+            self.notices.warn(
+                "this model computes attention where compressed keys and values cannot be used:"
+                f" layers are coded at {UNSEEN_BITS} bits or more per element, evict nothing, and"
+                " are decoded for every forward pass."
+            )
+        if self.record_past:
+            self.deferred = call
+        else:
+            self._compress(call)
+
+    def stay_exact(self, reason: str) -> None:
+        """Never compress this layer, with one warning; too late if something is compressed."""
+        if not self.stored.count and not self.exact:
+            self.exact = True
+            self.notices.warn(
+                f"{reason}, which attention over codes does not implement: such layers stay exact."
+            )
 
     def _held(self, call: Call) -> tuple[Tail | None, Call]:
         """What of the tail may be compressed, and the call as over that."""
@@ -222,6 +269,8 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
 
     def _chunk(self, call: Call, tail: Tail) -> Chunk:
         start, least = self.length - tail.count, self.config.residual_length
+        if self.read:
+            call = replace(call, valid=None)  # padding, too, must be there to be read
         return call.chunk(tail, start, self.layer_idx, least)
 
     def _compress(self, call: Call) -> None:
@@ -233,10 +282,11 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
             return
         chunk, frame = self._chunk(call, tail), self.frame()
         profile = self._profile(call, chunk)
-        self.stored = compress(self.planned, self.stored, chunk, frame, profile)
-        if config.max_tokens is not None:
+        planned = self.planned
+        self.stored = compress(planned, self.stored, chunk, frame, profile)
+        if planned.max_tokens is not None:
             self.stored = retain(
-                self.stored, config.max_tokens,
+                self.stored, planned.max_tokens,
                 call.query if tail.queries is None else tail.queries, frame=frame,
                 scaling=call.scaling, softcap=call.softcap,
                 recent_from=self.length - config.recent,

@@ -11,16 +11,31 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from nexusquant.hf.rope_tables import RotaryCall, forget_workspace, uses_rotary
+from nexusquant.hf.quirks import RotaryCall, layer_of, rotary_call
 from nexusquant.hf.second_pass import read_again
 
 if TYPE_CHECKING:
     from nexusquant.hf.layer import CompactLayer
+
+
+class Undoable(Protocol):
+    """A cache layer that a failed pass leaves as it was."""
+
+    stores_tokens: bool
+
+    def state(self) -> Any:
+        """What `restore` needs to undo the updates that follow."""
+
+    def restore(self, state: Any) -> None:
+        """Back to an earlier `state`."""
+
+    def end_pass(self, failed: bool) -> None:
+        """The pass is over."""
 
 
 @dataclass
@@ -28,9 +43,9 @@ class _Pass:
     """A running pass, and what the layers it updated were before."""
 
     model: int  # id
-    before: dict[int, tuple[weakref.ref[CompactLayer], Any]] = field(default_factory=dict)
+    before: dict[int, tuple[weakref.ref[Any], Any]] = field(default_factory=dict)
 
-    def layers(self) -> Iterator[tuple[CompactLayer, Any]]:
+    def layers(self) -> Iterator[tuple[Undoable, Any]]:
         """The layers that still exist, with their state before."""
         for reference, state in self.before.values():
             layer = reference()
@@ -40,19 +55,25 @@ class _Pass:
     def end(self, failed: bool) -> None:
         """The pass is over; if it failed, put all layers back."""
         for layer, state in self.layers():
-            if layer.rope is not None:
-                forget_workspace(layer.rope.table)  # rotary rows are workspace of one pass
-            if layer.profiles is not None:
-                layer.profiles.end_pass(failed)
+            layer.end_pass(failed)
             if failed:
                 layer.restore(state)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """The attention module entered last, and what it was called with."""
+
+    module: nn.Module
+    rotary: RotaryCall | None
+    mask: Any
 
 
 class _Running(threading.local):
     """This thread's passes, innermost last: models may call models."""
 
     def __init__(self) -> None:
-        self.rotary: tuple[int | None, RotaryCall | None] = None, None
+        self.attention: _Attention | None = None
         self.block: tuple[nn.Module | None, torch.Tensor | None] = None, None
         self.passes: list[_Pass] = []
 
@@ -82,20 +103,22 @@ def begin(model: nn.Module, args: Any) -> None:
     """Forward pre-hook of the model."""
     stale = _running.end(model)
     if stale is not None:  # it never finished: a KeyboardInterrupt skips forward hooks
-        _running.block = None, None
+        _running.attention, _running.block = None, (None, None)
         stale.end(failed=True)
     _running.passes.append(_Pass(id(model)))
 
 
 def finish(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     """Forward hook of the model; after an exception the output is None."""
-    _running.rotary, _running.block = (None, None), (None, None)
+    _running.attention, _running.block = None, (None, None)
     ended = _running.end(model)
     if ended is None:
         return
     try:
         if output is not None:
-            layers = [layer for layer, _ in ended.layers()]
+            layers: list[Any] = [layer for layer, _ in ended.layers() if layer.stores_tokens]
+            for layer in layers:
+                layer.absorb_unseen()
             read_again(model, layers, named_arguments(model, args, kwargs))
     except BaseException:
         ended.end(failed=True)
@@ -103,7 +126,7 @@ def finish(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     ended.end(failed=output is None)
 
 
-def note_update(layer: CompactLayer, model: nn.Module | None) -> None:
+def note_update(layer: Undoable, model: nn.Module | None) -> None:
     """`layer`, of a cache of `model`, is about to receive tokens."""
     if _running.passes and _running.passes[-1].model == id(model):
         before = _running.passes[-1].before
@@ -111,14 +134,24 @@ def note_update(layer: CompactLayer, model: nn.Module | None) -> None:
             before[id(layer)] = weakref.ref(layer), layer.state()
 
 
-def remember_rotary(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Pre-hook of attention modules: the rotary rows of the call that is about to run."""
-    rows = kwargs.get("position_embeddings")
-    given = isinstance(rows, (tuple, list)) and len(rows) == 2 and torch.is_tensor(rows[0])
-    if given and rows is not None and uses_rotary(module):
-        _running.rotary = id(module), RotaryCall(rows[0], rows[1], kwargs.get("position_ids"))
-    else:
-        _running.rotary = id(module), None
+def note_read(layer: CompactLayer) -> None:
+    """Keys or values of `layer` are read as a tensor; if by its model, all must stay readable."""
+    if _running.passes and id(layer) in _running.passes[-1].before:
+        layer.read = True
+
+
+def remember_attention(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Pre-hook of attention modules: the call that is about to run."""
+    rotary = rotary_call(module, args, kwargs)
+    _running.attention = _Attention(module, rotary, kwargs.get("attention_mask"))
+
+
+def attention_under_way(layer: CompactLayer) -> tuple[nn.Module, Any] | None:
+    """The module that computes attention over `layer` now and its mask, if that is known."""
+    running = _running.attention
+    if running is None or layer_of(running.module) != layer.layer_idx:
+        return None
+    return running.module, running.mask
 
 
 def remember_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -135,7 +168,6 @@ def current_block(tokens: int) -> tuple[nn.Module | None, torch.Tensor | None]:
 
 
 def rotary_of(module: nn.Module) -> RotaryCall | None:
-    """The rotary rows that `module` was called with, once."""
-    owner, rows = _running.rotary
-    _running.rotary = None, None
-    return rows if owner == id(module) else None
+    """The rotary rows that `module` was called with."""
+    running = _running.attention
+    return running.rotary if running is not None and running.module is module else None

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from nexusquant.errors import UnsupportedError
 from nexusquant.frame import KeyFrame
+from nexusquant.hf.quirks import RotaryCall, own_frequencies
 from nexusquant.math.rope import Frequencies, RopeTable, capture
 
 _NAME = "apply_rotary_pos_emb"
+_COMPLEX = "apply_rotary_emb"  # Llama 4: (q, k, cos + i sin), q and k (batch, tokens, heads, dim)
 
 # cos/sin and pages computed for one forward pass: workspace, not cache content, dropped when the
 # pass ends.
@@ -31,28 +33,38 @@ def forget_workspace(table: RopeTable) -> None:
 
 @dataclass(frozen=True)
 class ModelRope:
-    """The `apply_rotary_pos_emb` of a modeling module, found by name so that it can be pickled."""
+    """The rotary function of a modeling module, found by name so that it can be pickled."""
 
     module_name: str
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        function = getattr(sys.modules[self.module_name], _NAME)
-        if _one_at_a_time(function):
+        module = sys.modules[self.module_name]
+        function = getattr(module, _NAME, None)
+        if function is None:
+            rows = torch.complex(cos.float(), sin.float())
+            some = q if q.shape[1] else k  # it cannot reshape nothing
+            turned = getattr(module, _COMPLEX)(some.transpose(1, 2), k.transpose(1, 2), rows)
+            return turned[0].transpose(1, 2)[:, : q.shape[1]], turned[1].transpose(1, 2)
+        second = _second_parameter(function)
+        if second == "cos":  # one vector at a time
             return function(q, cos, sin, unsqueeze_dim=1), function(k, cos, sin, unsqueeze_dim=1)
-        turned: tuple[Tensor, Tensor] = function(q, k, cos, sin)
-        return turned
+        if second == "sin":  # so do GPT-J and CodeGen, with (batch, tokens, heads, dim)
+            q, k = (function(x.transpose(1, 2), sin, cos).transpose(1, 2) for x in (q, k))
+            return q, k
+        turned = function(q, k, cos, sin)
+        return turned[0], turned[1]
 
     @staticmethod
     def of(module: nn.Module) -> ModelRope | None:
         """The function that the file of `module` defines, if it does."""
         name = type(module).__module__
-        return ModelRope(name) if hasattr(sys.modules[name], _NAME) else None
+        known = any(hasattr(sys.modules[name], function) for function in (_NAME, _COMPLEX))
+        return ModelRope(name) if known else None
 
 
 @lru_cache(maxsize=64)
-def _one_at_a_time(function: Callable[..., Any]) -> bool:
-    """Whether a model's function takes (x, cos, sin) instead of (q, k, cos, sin)."""
-    return list(inspect.signature(function).parameters)[1] == "cos"
+def _second_parameter(function: Callable[..., Any]) -> str:
+    return list(inspect.signature(function).parameters)[1]
 
 
 @dataclass
@@ -79,45 +91,12 @@ class LayerRope:
             self.table.map(fn, batch)
 
 
-def uses_rotary(module: nn.Module) -> bool:
-    """Whether an attention module that is passed rotary rows applies them (NoPE layers do not).
-
-    Told by the flags that modeling files branch on.
-    """
-    for flag in ("use_rope", "force_rope"):
-        if isinstance(getattr(module, flag, None), (bool, int)) and getattr(module, flag):
-            return True
-    if not getattr(module, "use_rope", True):
-        return False
-    rule = _ROTARY_RULES.get(type(module).__module__.rpartition(".")[2])
-    return rule is None or rule(module)
-
-
-_ROTARY_RULES: dict[str, Callable[[Any], bool]] = {
-    "modeling_cohere2": lambda module: module.sliding_window is not None,
-    "modeling_cohere2_moe": lambda module: module.sliding_window is not None,
-    **dict.fromkeys(
-        ("modeling_exaone4", "modeling_exaone4_5", "modeling_exaone_moe"),
-        lambda module: module.sliding_window is None or module.is_sliding,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class RotaryCall:
-    """What an attention module was called with: cos, sin and maybe the position ids."""
-
-    cos: Tensor
-    sin: Tensor
-    position_ids: Tensor | None
-
-
 class RopeBook:
     """The rotary tables of one cache. Layers that get the same cos tensor share a table."""
 
     def __init__(self) -> None:
         self.tables: list[RopeTable] = []
-        self.sources: list[weakref.ref[Tensor]] = []  # cos tensor last recorded, per table
+        self.sources: list[weakref.ref[Tensor]] = []  # of the rows last recorded, per table
 
     def record(
         self,
@@ -147,7 +126,7 @@ class RopeBook:
             if past:
                 return None
             for table, source in zip(self.tables, self.sources, strict=True):
-                if source() is call.cos and table.length == past + new:
+                if source() is call.source and table.length == past + new:
                     return LayerRope(table, owner=False)
             apply = ModelRope.of(module)
             if apply is None:
@@ -157,10 +136,10 @@ class RopeBook:
             if not _invertible(rope, head_dim):
                 return None
             self.tables.append(rope.table)
-            self.sources.append(weakref.ref(call.cos))
+            self.sources.append(weakref.ref(call.source))
         elif rope.owner:
             self._extend(rope, call, past, candidates)
-            self.sources[self.tables.index(rope.table)] = weakref.ref(call.cos)
+            self.sources[self.tables.index(rope.table)] = weakref.ref(call.source)
         return rope
 
     @staticmethod
@@ -203,6 +182,7 @@ def rotary_frequencies(model: nn.Module) -> list[Frequencies]:
     """Every inverse-frequency buffer of a model with its scaling, as they are now."""
     found: list[Frequencies] = []
     for module in model.modules():
+        found += own_frequencies(module)
         for name, buffer in module.named_buffers(recurse=False):
             if name.endswith("inv_freq") and "original" not in name and buffer.ndim == 1:
                 scaling = getattr(module, name.replace("inv_freq", "attention_scaling"), 1.0)

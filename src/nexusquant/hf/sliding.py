@@ -52,12 +52,13 @@ class CompactSlidingLayer(CompactLayer):
         What a bit buys is 4^-bits, what it costs the tokens held, so the best rates differ by
         log2(tokens held there / here) / 2; in quarters, as every rate has its own allocation.
         """
+        config = super().planned
         if not self.mixed or self.stored.body:
-            return self.config
+            return config
         more = round(2 * math.log2(max(self.length / self.sliding_window, 1))) / 4
-        return self.config.replace(
-            key_bits=min(self.config.key_bits + more, MAX_BITS),
-            value_bits=min(self.config.value_bits + more, MAX_BITS),
+        return config.replace(
+            key_bits=min(config.key_bits + more, MAX_BITS),
+            value_bits=min(config.value_bits + more, MAX_BITS),
         )
 
     def _held(self, call: Call) -> tuple[Tail | None, Call]:

@@ -1,0 +1,1 @@
+"""Tiny random models of all the causal language models that transformers knows."""
