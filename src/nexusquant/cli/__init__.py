@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from nexusquant.cli.answer import demo, generate
 from nexusquant.cli.calibrate import calibrate
+from nexusquant.cli.coverage import doctor, models
 from nexusquant.cli.info import info
 from nexusquant.cli.measure import evaluate, presets
 from nexusquant.errors import NexusQuantError
@@ -55,5 +56,5 @@ def main(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-for command in (demo, generate, evaluate, calibrate, presets, info):
+for command in (demo, generate, evaluate, calibrate, doctor, models, presets, info):
     app.command()(command)

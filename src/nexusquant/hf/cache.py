@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from nexusquant.accounting import CacheStats, storage_bytes
 from nexusquant.config import CompressionConfig, resolve_config
 from nexusquant.errors import UnsupportedError
+from nexusquant.hf.coverage import ENCODER_DECODER, cross_attention, refusal
 from nexusquant.hf.hybrid import (
     STOCK_HYBRID,
     STOCK_HYBRID_SLIDING,
@@ -38,25 +38,9 @@ def check_model(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(f"expected a transformers model, got {type(model).__name__}.")
     if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedError(
-            f"{type(model).__name__} is an encoder-decoder model; only decoder-only models are"
-            " supported."
-        )
-    supports = getattr(type(model), "_supports_default_dynamic_cache", None)
-    if supports is not None and not supports():
-        raise UnsupportedError(
-            f"{type(model).__name__} does not use a key-value cache that transformers manages"
-            " (DynamicCache), so there is nothing to compress."
-        )
-    layers = plain_cache(model).layers
-    if not any(isinstance(layer, DynamicLayer) for layer in layers):
-        raise UnsupportedError(
-            f"{type(model).__name__} has no attention layers, so there is nothing to compress."
-        )
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedError(
-            f"{type(model).__name__} keeps no key-value cache, so there is nothing to compress."
-        )
+        raise UnsupportedError(f"{type(model).__name__} {ENCODER_DECODER}.")
+    if why := refusal(type(model), model.config):
+        raise UnsupportedError(f"{type(model).__name__} {why}, so there is nothing to compress.")
 
 
 def compact_layers(
@@ -72,8 +56,9 @@ def compact_layers(
     book, mixed = RopeBook(), any(type(layer) in (DynamicLayer, STOCK_HYBRID) for layer in layers)
     swapped: list[Any] = []
     kept: dict[str, int] = {}
+    crossed = cross_attention(model.config)
     for index, layer in enumerate(layers):
-        new = _compact(layer, config, index, notices, mixed)
+        new = None if index in crossed else _compact(layer, config, index, notices, mixed)
         if new is None:
             kept[type(layer).__name__] = kept.get(type(layer).__name__, 0) + 1
             swapped.append(layer)

@@ -1,0 +1,265 @@
+"""What is compressed of which model, told from its config alone: the one table of model types.
+
+Every decoder that transformers can build is covered by a rule or by an entry of a table below; the
+tests build each type and compare. A type that is nowhere here goes by the rules.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from nexusquant.hf.hybrid import STOCK_HYBRID, STOCK_HYBRID_SLIDING, STOCK_LINEAR
+from nexusquant.math.e8 import GROUP
+
+CODES = "attention on codes"
+DECODED = "decoded for each pass"
+WHOLE = "decoded for each pass, nothing evicted"
+KEPT = "attention on codes, nothing evicted"
+EXACT = "exact"
+STATE = "state, exact"
+NOTHING = "keeps nothing"
+
+ENCODER_DECODER = "is an encoder-decoder model; only decoder-only models are supported"
+_MULTIPLIES = "the model multiplies queries, keys and values itself"
+_LATENTS = "the model keeps latents (MLA) and expands them for attention"
+_BIAS = "the model adds a position bias of its own"
+
+_TREATMENT: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(
+        (
+            "big_bird", "bloom", "codegen", "cpmant", "git", "gpt_neo", "gpt_neox_japanese", "gptj",
+            "megatron-bert", "mpt", "mvp", "rembert", "roformer", "trocr", "xglm",
+        ),
+        (DECODED, _MULTIPLIES),
+    ),
+    **dict.fromkeys(
+        (
+            "axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "dots3_note", "dots3_note_text",
+            "glm4_moe_lite", "kimi_linear", "longcat_flash", "minicpm3", "youtu",
+        ),
+        (WHOLE, _LATENTS),
+    ),
+    "diffllama": (WHOLE, "the model splits and repeats its values"),
+    "doge": (KEPT, "the model computes its masks from all values"),
+    "jetmoe": (WHOLE, "the model repeats keys and values for its experts"),
+    "prophetnet": (WHOLE, "the model predicts several tokens from one set of keys"),
+    **dict.fromkeys(("inkling_text", "inkling2_text"), (EXACT, _BIAS)),
+}  # fmt: skip
+"""Model type to what becomes of its attention layers, where that is not "attention on codes"."""
+
+_NOTES: dict[str, str] = {
+    "DynamicIndexedLayer": "attention looks tokens up by index",
+    "DeepseekV4CSACache": "the model compresses its cache itself",
+    "DeepseekV4HCACache": "the model compresses its cache itself",
+    "MiniMaxM3VLSparseCacheLayer": "attention looks tokens up by block",
+}
+
+
+@dataclass(frozen=True)
+class LayerCoverage:
+    """One layer of a cache.
+
+    Attributes:
+        kind: "full", "sliding", "state", "state and full", "state and sliding" or another class.
+        treatment: one of this module's constants.
+        reason: why it is not `CODES`, else "".
+        kv_heads, key_dim, value_dim: what a token takes; 0 if that is unknown.
+        window: tokens that a sliding layer holds, None without a limit.
+    """
+
+    kind: str
+    treatment: str
+    reason: str = ""
+    kv_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    window: int | None = None
+
+    @property
+    def elements(self) -> int:
+        """Of K and V, per token."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What is compressed of a model.
+
+    Attributes:
+        model_type: as transformers names it.
+        layers: of its cache; none if it is refused.
+        refused: why no cache of it can be compressed, else "".
+        positions: most that the model was made for, if the config says.
+    """
+
+    model_type: str
+    layers: tuple[LayerCoverage, ...]
+    refused: str = ""
+    positions: int | None = None
+
+    @property
+    def status(self) -> str:
+        """ "compressed", "compressed except some layers", "exact" or "refused"."""
+        if self.refused:
+            return "refused"
+        holding = [x for x in self.layers if x.treatment not in (STATE, NOTHING)]
+        coded = [x for x in holding if x.treatment != EXACT]
+        if not coded:
+            return "exact"
+        return "compressed" if len(coded) == len(holding) else "compressed except some layers"
+
+    @property
+    def reasons(self) -> str:
+        """Everything that is not attention on codes, in a line."""
+        if self.refused:
+            return self.refused
+        found: dict[str, int] = {}
+        for layer in self.layers:
+            if layer.reason:
+                text = f"{layer.treatment}: {layer.reason}"
+                found[text] = found.get(text, 0) + 1
+        total = len(self.layers)
+        return "; ".join(
+            text if count == total else f"{text} ({count} of {total} layers)"
+            for text, count in found.items()
+        )
+
+
+def cover(config: Any) -> Coverage:
+    """What is compressed of a model with this config, without building it.
+
+    Args:
+        config: a transformers `PreTrainedConfig`.
+    """
+    refused = _refusal(config)
+    text = config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    if refused:
+        return Coverage(config.model_type, (), refused, positions)
+    own = getattr(text, "per_layer_config", None)
+    crossed = cross_attention(config)
+    layers = tuple(
+        LayerCoverage("cross", EXACT, "cross-attention")
+        if i in crossed
+        else _layer(layer, config.model_type, text.model_type, own[i] if own else text)
+        for i, layer in enumerate(DynamicCache(config=text).layers)
+    )
+    return Coverage(config.model_type, layers, "", positions)
+
+
+def cover_types() -> dict[str, Coverage]:
+    """Every causal LM type of the installed transformers, by its default config.
+
+    Types without a usable default config are refused with that reason.
+    """
+    return {name: _by_default(name) for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
+
+
+def _by_default(model_type: str) -> Coverage:
+    try:
+        return cover(CONFIG_MAPPING[model_type]())
+    # Configs are made by their models' own code, which checks itself in its own ways.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
+        return Coverage(model_type, (), f"has no default config to tell from ({reason})")
+
+
+def cross_attention(config: Any) -> tuple[int, ...]:
+    """Layers of the cache that are about something else than the text (Mllama)."""
+    text = config.get_text_config(decoder=True)
+    return tuple(getattr(text, "cross_attention_layers", None) or ())
+
+
+def _refusal(config: Any) -> str:
+    """As `refusal`, of the class that a config is for; of no class if transformers knows none."""
+    architectures = getattr(config, "architectures", None) or ()
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    both_sides = any("ForConditionalGeneration" in name for name in architectures) or not known
+    if getattr(config, "is_encoder_decoder", False) and both_sides:
+        return ENCODER_DECODER
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if known else None
+    return refusal(model[0] if isinstance(model, (tuple, list)) else model, config)
+
+
+def refusal(model: type[Any] | None, config: Any) -> str:
+    """Why caches of a model class cannot be compressed, "" if they can."""
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    if supports is not None and not supports():
+        return "does not use a key-value cache that transformers manages (DynamicCache)"
+    layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    if not any(isinstance(layer, DynamicLayer) for layer in layers):
+        return "has no attention layers"
+    if model and "past_key_values" not in inspect.signature(model.forward).parameters:
+        return "keeps no key-value cache"
+    return ""
+
+
+_KINDS: tuple[tuple[Any, str], ...] = (
+    (DynamicLayer, "full"),
+    (DynamicSlidingWindowLayer, "sliding"),
+    (STOCK_LINEAR, "state"),
+    (STOCK_HYBRID, "state and full"),
+    (STOCK_HYBRID_SLIDING, "state and sliding"),
+)
+
+
+def _layer(stock: Any, model_type: str, text_type: str, config: Any) -> LayerCoverage:
+    name = type(stock).__name__
+    kind = next((kind for known, kind in _KINDS if type(stock) is known), name)
+    if kind == "state":
+        return LayerCoverage(kind, STATE, "linear attention or convolution: a state of fixed size")
+    if name == "DummyLayer":
+        return LayerCoverage(kind, NOTHING, "uses another layer's keys and values, or none")
+    window = getattr(stock, "sliding_window", None)
+    heads, key_dim, value_dim = _shape(config, window is not None)
+    shape: dict[str, Any] = {
+        "kv_heads": heads,
+        "key_dim": key_dim,
+        "value_dim": value_dim,
+        "window": window,
+    }
+    if kind == name:
+        reason = _NOTES.get(name, "transformers keeps it in a form of its own")
+        return LayerCoverage(kind, EXACT, reason, **shape)
+    if key_dim % GROUP or value_dim % GROUP:
+        return LayerCoverage(kind, EXACT, f"head_dim {key_dim} is no multiple of {GROUP}", **shape)
+    treatment, reason = _TREATMENT.get(model_type, _TREATMENT.get(text_type, (CODES, "")))
+    return LayerCoverage(kind, treatment, reason, **shape)
+
+
+def _shape(config: Any, sliding: bool) -> tuple[int, int, int]:
+    """KV heads and the dimensions of keys and values, by the names that configs use."""
+
+    def first(*names: str) -> int:
+        values = (getattr(config, name, None) for name in names)
+        return next((x for x in values if isinstance(x, int) and not isinstance(x, bool)), 0)
+
+    latent = first("kv_lora_rank")
+    if latent:
+        return 1, latent, first("qk_rope_head_dim")
+    heads = first(
+        "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads",
+        "decoder_attention_heads",
+    )  # fmt: skip
+    hidden = first("hidden_size", "n_embd", "d_model")
+    kv_heads = first("num_key_value_heads", "num_kv_heads") or heads
+    if sliding and getattr(config, "model_type", "") == "mimo_v2_flash":
+        kv_heads *= 2
+    if sliding and first("swa_num_key_value_heads"):  # Inkling
+        return first("swa_num_key_value_heads"), first("swa_head_dim"), first("swa_head_dim")
+    dim = first("head_dim", "kv_channels", "attention_head_dim") or hidden // max(heads, 1)
+    if getattr(config, "multi_query", False) and not getattr(
+        config, "new_decoder_architecture", False
+    ):
+        kv_heads = 1  # Falcon, GPT-BigCode
+    return kv_heads, dim, first("v_head_dim") or dim
