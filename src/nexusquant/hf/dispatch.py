@@ -18,12 +18,17 @@ def _ours(key: Any, value: Any) -> bool:
     return all(isinstance(x, KVHandle) and x.untouched for x in (key, value))
 
 
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The mask and dropout come in this order if not by name (kvpress); "eager" differs."""
+    return {**dict(zip(("attention_mask", "dropout"), args, strict=False)), **kwargs}
+
+
 def make_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
     def dispatch(
         module: nn.Module, query: Tensor, key: Any, value: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if _ours(key, value):
-            return nexus_attention(original, module, query, key.snapshot, *args, **kwargs)
+            return nexus_attention(original, module, query, key.snapshot, **_named(args, kwargs))
         return original(module, query, key, value, *args, **kwargs)
 
     return dispatch
@@ -40,5 +45,5 @@ def eager_attention(
             " with attn_implementation='sdpa'."
         )
     if _ours(key, value):
-        return nexus_attention(original, module, query, key.snapshot, *args, **kwargs)
-    return original(module, query, key, value, *args, **kwargs)
+        return nexus_attention(original, module, query, key.snapshot, **_named(args, kwargs))
+    return original(module, query, key, value, **_named(args, kwargs))

@@ -15,7 +15,11 @@ from typing import Any
 
 from torch import nn
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import (
+    ALL_ATTENTION_FUNCTIONS,
+    AttentionInterface,
+    PreTrainedModel,
+)
 
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.attention import model_of
@@ -37,7 +41,8 @@ EAGER = _EagerName("nexusquant_eager")
 _UNREADABLE = ("flex_attention",)  # its masks are functions, not tensors
 
 _lock = threading.RLock()
-_wrapped: dict[str, tuple[int, Callable[..., Any], Callable[..., Any]]] = {}
+_Swap = tuple[dict[str, Callable[..., Any]], Callable[..., Any], Callable[..., Any]]
+_wrapped: dict[str, tuple[int, list[_Swap]]] = {}
 _eager_configs: dict[int, tuple[int, Any]] = {}
 _hooks: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[Any]]] = weakref.WeakKeyDictionary()
 
@@ -136,11 +141,15 @@ def _wrap(config: Any) -> str | None:
         return EAGER
     if name is None or name not in AttentionInterface():
         return None
-    count, original, ours = _wrapped.get(name, (0, AttentionInterface()[name], None))
-    if ours is None:
-        ours = make_dispatcher(original)
-        AttentionInterface.register(name, ours)
-    _wrapped[name] = count + 1, original, ours
+    count, swaps = _wrapped.get(name, (0, []))
+    if not count:
+        # kvpress, once imported, has functions of its own before those of the registry.
+        tables = (ALL_ATTENTION_FUNCTIONS._local_mapping, AttentionInterface._global_mapping)
+        for table in tables:
+            if name in table:
+                swaps.append((table, table[name], make_dispatcher(table[name])))
+                table[name] = swaps[-1][2]
+    _wrapped[name] = count + 1, swaps
     return name
 
 
@@ -157,8 +166,10 @@ def _unwrap(config: Any, name: str | None) -> None:
             for interface in (AttentionInterface, AttentionMaskInterface):
                 interface._global_mapping.pop(EAGER, None)
         return
-    count, original, ours = _wrapped.pop(name)
+    count, swaps = _wrapped.pop(name)
     if count > 1:
-        _wrapped[name] = count - 1, original, ours
-    elif AttentionInterface._global_mapping.get(name) is ours:
-        AttentionInterface.register(name, original)
+        _wrapped[name] = count - 1, swaps
+        return
+    for table, original, ours in swaps:
+        if table.get(name) is ours:
+            table[name] = original
