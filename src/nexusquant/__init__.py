@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         ProfileError,
         UnsupportedError,
     )
-    from nexusquant.hf.cache import NexusCache
+    from nexusquant.hf.cache import NexusCache, attach
     from nexusquant.hf.context import nexusquant_evict
     from nexusquant.profile_store import load_profile, save_profile
     from nexusquant.scorers import register_scorer
@@ -33,6 +33,7 @@ __all__ = [
     "ProfileError",
     "UnsupportedError",
     "__version__",
+    "attach",
     "calibrate",
     "evaluate",
     "load_profile",
@@ -51,6 +52,7 @@ _HOMES = {
     "NonFiniteError": "errors",
     "ProfileError": "errors",
     "UnsupportedError": "errors",
+    "attach": "hf.cache",
     "calibrate": "calibration",
     "load_profile": "profile_store",
     "nexusquant_evict": "hf.context",

@@ -17,6 +17,7 @@ from nexusquant.hf.context import outside_blocks
 from nexusquant.hf.fingerprint import forget
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.profiles import Collector, find_profile, remember_profile
+from nexusquant.hf.uncompiled import plain_model
 from nexusquant.profile import Profile
 from nexusquant.statistics import MIN_DISTINCT, MIN_TOKENS
 
@@ -54,6 +55,7 @@ def calibrate(
         >>> len(profile.layers) == model.config.num_hidden_layers
         True
     """
+    model = plain_model(model)
     check_model(model)
     forget(model)
     if isinstance(texts, str) or not isinstance(texts, Iterable):

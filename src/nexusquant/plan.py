@@ -107,7 +107,9 @@ def _own_centre(x: Tensor, empty: Tensor, enough: int) -> Centre:
     x, empty = _sampled(x, empty)
     usual = _usual(x, empty)
     mean = _filled_mean(x, usual, enough)
-    deviation = _filled_mean((x - mean).square(), usual, enough).sqrt()
+    equal, least = _equal(x - mean, mean, empty)
+    usual = torch.where(equal, ~empty, usual)
+    deviation = _filled_mean((x - mean).square(), usual, enough).sqrt().clamp(min=least)
     typical = deviation.square().mean(-1, keepdim=True).sqrt()
     deviation = torch.where(typical > 0, deviation.clamp(min=0.05 * typical), 1.0)
     return _checked(mean, deviation)
@@ -121,8 +123,11 @@ def _profiled_centre(x: Tensor, empty: Tensor, basis: Basis) -> Centre:
     x, empty = _sampled(x, empty)
     usual = _usual(x, empty)
     mean = torch.where(enough, _mean(x, usual), basis.mean(x.device))
-    y = (x - mean) @ basis.forward(x.device).mT
-    scale = _mean(y.square().mean(-1, keepdim=True), usual).sqrt()
+    forward = basis.forward(x.device).mT
+    y = (x - mean) @ forward
+    equal, least = _equal(y, mean @ forward, empty)
+    usual = torch.where(equal, ~empty, usual)
+    scale = _mean(y.square().mean(-1, keepdim=True), usual).sqrt().clamp(min=least)
     return _checked(mean, torch.where(enough & (scale > 0), scale, 1.0))
 
 
@@ -134,10 +139,29 @@ def _sampled(x: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
 
 def _usual(x: Tensor, empty: Tensor) -> Tensor:
     """Entries that may set the scale, (batch, heads, n, 1) bool: a single huge vector may not."""
-    mean = _mean(x, ~empty)
-    size = (x - mean).square().sum(-1, keepdim=True)
-    median = size.masked_fill(empty, torch.nan).nanmedian(2, keepdim=True).values
-    return (size <= _HUGE * median) & ~empty
+    size = (x - _mean(x, ~empty)).square().sum(-1, keepdim=True)
+    return (size <= _HUGE * _median(size, empty)) & ~empty
+
+
+def _median(size: Tensor, empty: Tensor) -> Tensor:
+    return size.masked_fill(empty, torch.nan).nanmedian(2, keepdim=True).values
+
+
+def _equal(apart: Tensor, mean: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether most vectors are the mean but for rounding, and the least scale then.
+
+    Any other vector is huge there, and must still be within reach.
+
+    Args:
+        apart: (batch, heads, n, dim) vectors less their mean.
+
+    Returns:
+        (batch, heads, 1, 1) bool, and float, 0 where vectors differ.
+    """
+    size = mean.square().mean(-1, keepdim=True)
+    median = _median(apart.square().mean(-1, keepdim=True), empty)
+    equal = median <= (2.0**-18) ** 2 * size
+    return equal, torch.where(equal, size.sqrt() / 64, 0.0)
 
 
 def _mean(x: Tensor, where: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from typing import Any
 
@@ -273,11 +272,6 @@ def test_another_batch_size_is_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"\(2, 2\) but was given \(3, 2\)"):
         model(prompt(5, batch=3), past_key_values=cache)
     assert cache.get_seq_length() == 40
-
-
-def test_pickling_a_cache_is_refused_with_a_reason() -> None:
-    with pytest.raises(UnsupportedError, match=r"copy\.deepcopy works"):
-        pickle.dumps(NexusCache(tiny()))
 
 
 def test_gradients_are_right_or_refused() -> None:

@@ -13,6 +13,7 @@ from nexusquant.attention import attend
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.output_side import output_side
 from nexusquant.hf.passes import current_block, rotary_of
+from nexusquant.hf.precision import own_arithmetic
 from nexusquant.hf.rope_tables import rotary_frequencies
 from nexusquant.hf.snapshot import Snapshot
 from nexusquant.hf.tail import Call
@@ -76,12 +77,13 @@ def nexus_attention(
             attention_mask, snapshot.length - snapshot.new, snapshot.first_column,
             kwargs.get("sliding_window"),
         )  # fmt: skip
-        output = attend(
-            query, snapshot.parts(), mask, frame=layer.frame(), scaling=scale,
-            softcap=kwargs.get("softcap"), sink_logits=kwargs.get("s_aux"),
-        ).transpose(1, 2).contiguous()  # fmt: skip
-        weights = None
-    if output.requires_grad and snapshot.length > snapshot.new:
+        with own_arithmetic(query.device):
+            output = attend(
+                query, snapshot.parts(), mask, frame=layer.frame(), scaling=scale,
+                softcap=kwargs.get("softcap"), sink_logits=kwargs.get("s_aux"),
+            ).transpose(1, 2).contiguous()  # fmt: skip
+        output, weights = _NoGradient.apply(query, output), None
+    if output.requires_grad and not snapshot.compressed and snapshot.length > snapshot.new:
         output.register_hook(_no_gradient)
     if layer.pending:  # else another layer's keys and values are shared
         valid = _valid(attention_mask, snapshot)
@@ -127,6 +129,18 @@ def _absorb(
             lambda: output_side(module, width, *current_block(query.shape[2])),
         )
     )  # fmt: skip
+
+
+class _NoGradient(torch.autograd.Function):
+    """What was computed over codes: backward through it is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, output: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _no_gradient(gradient)
 
 
 def _no_gradient(_: Tensor) -> Tensor:

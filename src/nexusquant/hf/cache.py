@@ -13,6 +13,7 @@ from nexusquant.accounting import CacheStats, storage_bytes
 from nexusquant.config import CompressionConfig, resolve_config
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.coverage import ENCODER_DECODER, cross_attention, refusal
+from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.hybrid import (
     STOCK_HYBRID,
     STOCK_HYBRID_SLIDING,
@@ -27,6 +28,7 @@ from nexusquant.hf.notices import Notices
 from nexusquant.hf.profiles import ProfileBook, ProfileLike
 from nexusquant.hf.rope_tables import RopeBook
 from nexusquant.hf.sliding import CompactSlidingLayer
+from nexusquant.hf.uncompiled import plain_model
 from nexusquant.profile import Profile
 
 compacted: weakref.WeakSet[Cache] = weakref.WeakSet()
@@ -75,6 +77,46 @@ def compact_layers(
     cache.layers = swapped
     cache.layer_class_to_replicate = None
     compacted.add(cache)
+
+
+def attach(cache: Cache, model: nn.Module) -> None:
+    """Let an unpickled cache be used with `model`, whose copy it was made with.
+
+    Args:
+        cache: a `NexusCache` or a cache made in a `nexusquant_evict` block. One that belongs to a
+            model already stays as it is.
+        model: same weights and config as the model before.
+
+    Raises:
+        UnsupportedError: not such a cache, another model, or one that cannot have such a cache.
+
+    Example:
+        >>> import pickle
+        >>> from nexusquant import NexusCache, attach
+        >>> cache = NexusCache(model, quality="high")
+        >>> output = model.generate(input_ids, past_key_values=cache, max_new_tokens=8)
+        >>> again = pickle.loads(pickle.dumps(cache))
+        >>> attach(again, model)
+        >>> again.nbytes == cache.nbytes
+        True
+    """
+    layers = [x for x in cache.layers if isinstance(x, (CompactLayer, LinearStateLayer))]
+    if not layers:
+        raise UnsupportedError(f"expected a compressed cache, got {type(cache).__name__}.")
+    leases = {x.lease.fingerprint for x in layers if x.lease is not None and x.lease.detached}
+    if not leases:
+        return
+    model = plain_model(model)
+    check_model(model)
+    if leases != {fingerprint(model)}:
+        raise UnsupportedError(
+            "this cache was made with another model: its weights or its config are different."
+        )
+    lease = Lease(model)
+    for layer in layers:
+        layer.lease = lease
+        if isinstance(layer, CompactLayer) and layer.profiles is not None:
+            layer.profiles.attach(model)
 
 
 def _compact(
@@ -181,6 +223,7 @@ class NexusCache(DynamicCache):
         profile: ProfileLike = None,
         **overrides: Any,
     ) -> None:
+        model = plain_model(model)
         check_model(model)
         self.config = resolve_config(quality, **overrides)
         self._profiles = ProfileBook.of(model, self.config, profile)
@@ -197,6 +240,17 @@ class NexusCache(DynamicCache):
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last |n| tokens for n <= 0; keep the first n for n > 0 (early 5.x).
+
+        Raises:
+            UnsupportedError: some layer cannot; none is changed then.
+        """
+        for layer in self.layers:
+            if isinstance(layer, CompactLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def stats(self) -> CacheStats:
         """Everything measured at once."""

@@ -20,13 +20,22 @@ from torch import nn
 from transformers import DynamicCache
 
 from nexusquant.config import CompressionConfig, resolve_config
-from nexusquant.hf.cache import check_model, compact_layers, compacted, plain_cache, text_config
+from nexusquant.hf.cache import (
+    attach,
+    check_model,
+    compact_layers,
+    compacted,
+    plain_cache,
+    text_config,
+)
 from nexusquant.hf.install import Installation
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.passes import named_arguments
+from nexusquant.hf.prepare import starters
 from nexusquant.hf.profiles import ProfileLike
 from nexusquant.hf.run import Run
 from nexusquant.hf.scoring import Scoring, join, obstacle, run_chunks, too_short
+from nexusquant.hf.uncompiled import plain_model, uncompiled
 
 _lock = threading.RLock()
 _thread = threading.local()
@@ -57,6 +66,7 @@ def outside_blocks(model: nn.Module) -> Iterator[None]:
         _active.reset(token)
 
 
+@uncompiled
 def _before(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -89,7 +99,10 @@ def _before(
 
 def _compact(model: nn.Module, run: Run, cache: Any) -> None:
     layers = getattr(cache, "layers", ())
-    if cache in compacted or any(isinstance(layer, CompactLayer) for layer in layers):
+    if any(isinstance(layer, CompactLayer) for layer in layers):
+        attach(cache, model)
+        run.adopt(cache)
+    elif cache in compacted:
         run.adopt(cache)
     elif type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         kind = "offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
@@ -108,55 +121,22 @@ def _compact(model: nn.Module, run: Run, cache: Any) -> None:
         run.adopt(cache)
 
 
-_PREPARE = "_prepare_cache_for_generation"
+def _start(model: nn.Module, cache: Any) -> None:
+    """`generate` is about to run the model with `cache`."""
+    run = _current(model)
+    if run is not None:
+        _compact(model, run, cache)
 
 
-class _Prepare:
-    """Stands before a model's `_prepare_cache_for_generation`, so that `generate` starts compact.
-
-    The forward pre-hook is too late for assisted decoding, which announces its rollbacks to the
-    cache (`activate_past_recording`) before the first forward pass.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
-        setattr(model, _PREPARE, self)
-
-    def remove(self) -> None:
-        """Uncover the method of the class."""
-        model = self._model()
-        if model is not None and vars(model).get(_PREPARE) is self:
-            delattr(model, _PREPARE)
-
-    def __call__(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        model = self._model()
-        assert model is not None  # its own method is running
-        original = getattr(type(model), _PREPARE)
-        result = original(model, generation_config, model_kwargs, *args, **kwargs)
-        run, cache = _current(model), model_kwargs.get("past_key_values")
-        if run is not None and cache is not None:
-            _compact(model, run, cache)
-            if getattr(generation_config, "is_assistant", False):
-                for layer in cache.layers:  # early 5.x has no such method on caches
-                    getattr(layer, "activate_past_recording", lambda: None)()
-        return result
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles of the model hold its own method instead."""
-        return getattr, (self._model(), _PREPARE)
+starters.append(_start)
 
 
 def _attach(model: nn.Module) -> list[Any]:
     """Hook a model; returns what has a `remove`."""
-    hooks: list[Any] = [
+    return [
         model.register_forward_pre_hook(_before, with_kwargs=True),
         model.register_forward_hook(_after, with_kwargs=True, always_call=True),
     ]
-    if hasattr(type(model), _PREPARE) and _PREPARE not in vars(model):
-        hooks.append(_Prepare(model))
-    return hooks
 
 
 def _scorings() -> list[tuple[int, Scoring]]:
@@ -170,6 +150,7 @@ def _forget_scoring(model: nn.Module) -> None:
     _thread.scorings = [entry for entry in _scorings() if entry[0] != id(model)]
 
 
+@uncompiled
 def _after(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """Forward hook, also after exceptions (output None): put the score together."""
     pending = _scorings()
@@ -214,6 +195,7 @@ def nexusquant_evict(
         >>> print(run.stats)
         0.0... MiB for ... tokens (... kept per head), ...x smaller than fp16, ... bits/element, ...
     """
+    model = plain_model(model)
     check_model(model)
     config = resolve_config(quality, **overrides)
     run = Run(model, config, profile)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.attention import nexus_attention
 from nexusquant.hf.handle import KVHandle
+from nexusquant.hf.uncompiled import uncompiled
 
 
 def _ours(key: Any, value: Any) -> bool:
@@ -24,6 +25,7 @@ def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
+    @uncompiled
     def dispatch(
         module: nn.Module, query: Tensor, key: Any, value: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -34,6 +36,7 @@ def make_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
     return dispatch
 
 
+@uncompiled
 def eager_attention(
     module: nn.Module, query: Tensor, key: Any, value: Any, *args: Any, **kwargs: Any
 ) -> Any:

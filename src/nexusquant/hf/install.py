@@ -24,8 +24,11 @@ from transformers.modeling_utils import (
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.attention import model_of
 from nexusquant.hf.dispatch import eager_attention, make_dispatcher
+from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.passes import begin, finish, remember_attention, remember_block
+from nexusquant.hf.prepare import prepare_generation
 from nexusquant.hf.quirks import layer_of
+from nexusquant.hf.uncompiled import UncompiledForward, is_compiled
 
 
 class _EagerName(str):
@@ -72,6 +75,8 @@ class Installation:
             count, handles = _hooks.get(model, (0, []))
             if not count:
                 handles = _hook_attention(model)
+            if is_compiled(model) and not any(isinstance(x, UncompiledForward) for x in handles):
+                handles += [UncompiledForward(x) for x in model.modules() if x in model_of]
             _hooks[model] = count + 1, handles
             self._live = True
 
@@ -95,30 +100,48 @@ class Installation:
 
 
 class Lease:
-    """An `Installation` that lives as long as its holder; a copy of the holder gets its own."""
+    """An `Installation` that lives as long as its holder; a copy of the holder gets its own.
+
+    An unpickled one has no model until `attach`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
+        self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         weakref.finalize(self, Installation(model).release).atexit = False
 
     @property
     def model(self) -> nn.Module | None:
         """The model, while it exists."""
-        return self._model()
+        return None if self._model is None else self._model()
+
+    @property
+    def detached(self) -> bool:
+        """Whether it was unpickled and belongs to no model yet."""
+        return self._model is None
 
     def __reduce__(self) -> Any:
-        raise UnsupportedError(
-            "a compressed cache belongs to a live model and cannot be pickled; copy.deepcopy works."
-        )
+        model = self.model
+        return _detached, (self.fingerprint if model is None else fingerprint(model),)
+
+    fingerprint = ""  # of the model that an unpickled one belonged to
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease | None:
+        if self.detached:
+            return _detached(self.fingerprint)
         return Lease(self.model) if self.model is not None else None
 
 
+def _detached(fingerprint: str) -> Lease:
+    lease = Lease.__new__(Lease)
+    lease._model, lease.fingerprint = None, fingerprint
+    return lease
+
+
 def _hook_attention(model: nn.Module) -> list[Any]:
-    handles = [
+    handles: list[Any] = [
         model.register_forward_pre_hook(begin),
         model.register_forward_hook(finish, with_kwargs=True, always_call=True),
+        *prepare_generation(model),
     ]
     for name, module in model.named_modules():
         if "ttention" in type(module).__name__ and layer_of(module) is not None:

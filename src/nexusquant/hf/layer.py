@@ -18,12 +18,14 @@ from nexusquant.hf.handle import KVHandle
 from nexusquant.hf.install import Lease
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.passes import note_update
+from nexusquant.hf.precision import own_arithmetic
 from nexusquant.hf.profiles import ProfileBook
 from nexusquant.hf.quirks import RotaryCall
 from nexusquant.hf.rope_tables import LayerRope, RopeBook, forget_workspace
 from nexusquant.hf.second_pass import note, reads_twice
 from nexusquant.hf.snapshot import Snapshot
 from nexusquant.hf.tail import Call, Tail
+from nexusquant.hf.uncompiled import uncompiled
 from nexusquant.math.e8 import GROUP
 from nexusquant.math.rope import Frequencies
 from nexusquant.profile import Profile
@@ -108,10 +110,16 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
                 f"head_dim {sorted(dims)} is not a multiple of {GROUP}: such layers stay exact."
             )
 
+    @uncompiled
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append K and V, each (batch, kv_heads, new, dim); returns their handles."""
+        if self.lease is not None and self.lease.detached:
+            raise UnsupportedError(
+                "this cache was unpickled and belongs to no model: nexusquant.attach(cache, model)"
+                " first, or use it inside a nexusquant_evict block."
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.absorb_unseen()
@@ -137,10 +145,12 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
             self, self.stored, tail.keys, tail.values, self.tail_start, new, first_column
         )
 
+    @uncompiled
     def get_seq_length(self) -> int:
         """Logical length: positions and masks are built from it."""
         return self.length
 
+    @uncompiled
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """(columns, first column) of the attention mask: columns are slots."""
         first = self.first_visible  # early 5.x passes the positions instead of their number:
@@ -207,6 +217,10 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
 
     def absorb(self, call: Call) -> None:
         """This layer's attention is done: compress the tail if it is long enough."""
+        with own_arithmetic(call.query.device):
+            self._absorb(call)
+
+    def _absorb(self, call: Call) -> None:
         self.reached, self.pending = True, False
         if self.repeating:
             note(self, call)
@@ -239,7 +253,8 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         if self.record_past:
             self.deferred = call
         else:
-            self._compress(call)
+            with own_arithmetic(self.device):
+                self._compress(call)
 
     def stay_exact(self, reason: str) -> None:
         """Never compress this layer, with one warning; too late if something is compressed."""
@@ -298,12 +313,15 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         if count and self.tail is not None:
             self.tail = self.tail.without_last(count)
             self.length -= count
+            if self.rope is not None:
+                self.rope.truncate(self.length)
 
     def compress_waiting(self) -> None:
         """The second pass is over, or there is none."""
         call, self.waiting = self.waiting, None
         if call is not None:
-            self._compress(call)
+            with own_arithmetic(self.device):
+                self._compress(call)
 
     @property
     def elements(self) -> int:
@@ -325,21 +343,40 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         """Compress only after `crop` said which tokens stay."""
         self.record_past = True
 
+    def stop_past_recording(self) -> None:
+        """No rollback will come: compress what waited for one."""
+        self.record_past = False
+        self._compress_deferred(0)
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop` removes from the end.
+
+        Raises:
+            UnsupportedError: more tokens than are uncoded.
+        """
+        if not self.is_initialized:
+            return 0
+        count = self.length - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        have = 0 if self.tail is None else self.tail.count
+        if count > have:
+            raise UnsupportedError(
+                f"cannot remove {count} tokens from layer {self.layer_idx}: only the last"
+                f" {have} are uncompressed. Call activate_past_recording() before adding them."
+            )
+        return max(count, 0)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last |n| tokens for n <= 0; keep the first n for n > 0 (early 5.x).
 
         Raises:
             UnsupportedError: more tokens than are uncoded.
         """
-        count = self.length - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
-        if count > 0 and self.is_initialized:
-            have = 0 if self.tail is None else self.tail.count
-            if self.tail is None or count > have:
-                raise UnsupportedError(
-                    f"cannot remove {count} tokens from layer {self.layer_idx}: only the last"
-                    f" {have} are uncompressed. Call activate_past_recording() before adding them."
-                )
-            self.take_back(count)
-        if self.deferred is not None:
-            call, self.deferred = self.deferred, None
-            self._compress(call.without_last(count))
+        count = self.check_crop(tokens_to_remove)
+        self.take_back(count)
+        self._compress_deferred(count)
+
+    def _compress_deferred(self, removed: int) -> None:
+        call, self.deferred = self.deferred, None
+        if call is not None:
+            with own_arithmetic(self.device):
+                self._compress(call.without_last(removed))

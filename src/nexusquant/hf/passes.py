@@ -18,6 +18,7 @@ from torch import nn
 
 from nexusquant.hf.quirks import RotaryCall, layer_of, rotary_call
 from nexusquant.hf.second_pass import read_again
+from nexusquant.hf.uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from nexusquant.hf.layer import CompactLayer
@@ -99,6 +100,7 @@ def named_arguments(
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+@uncompiled
 def begin(model: nn.Module, args: Any) -> None:
     """Forward pre-hook of the model."""
     stale = _running.end(model)
@@ -108,6 +110,7 @@ def begin(model: nn.Module, args: Any) -> None:
     _running.passes.append(_Pass(id(model)))
 
 
+@uncompiled
 def finish(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     """Forward hook of the model; after an exception the output is None."""
     _running.attention, _running.block = None, (None, None)
@@ -140,6 +143,7 @@ def note_read(layer: CompactLayer) -> None:
         layer.read = True
 
 
+@uncompiled
 def remember_attention(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Pre-hook of attention modules: the call that is about to run."""
     rotary = rotary_call(module, args, kwargs)
@@ -154,6 +158,7 @@ def attention_under_way(layer: CompactLayer) -> tuple[nn.Module, Any] | None:
     return running.module, running.mask
 
 
+@uncompiled
 def remember_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Pre-hook of decoder layers: the residual stream that comes in."""
     stream = args[0] if args else kwargs.get("hidden_states")

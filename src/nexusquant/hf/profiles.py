@@ -13,7 +13,7 @@ from torch import nn
 
 from nexusquant.compressor import Chunk
 from nexusquant.config import CompressionConfig
-from nexusquant.errors import ProfileError, UnsupportedError
+from nexusquant.errors import ProfileError
 from nexusquant.frame import KeyFrame
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.math.e8 import GROUP
@@ -122,7 +122,7 @@ class ProfileBook:
     def __init__(
         self, model: nn.Module, page: int, profile: Profile | None = None, wanted: bool = True
     ) -> None:
-        self._model = weakref.ref(model)
+        self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self.page, self.profile, self.wanted = page, profile, wanted
         self.monotonous = False  # the pass under way: too few different tokens
 
@@ -155,7 +155,7 @@ class ProfileBook:
         if not (self.profile and self.profile.layers) and not _varied(chunk):
             self.monotonous = True
             return self.profile
-        model = self._model()
+        model = None if self._model is None else self._model()
         if self.profile is None and model is not None:
             self.profile = find_profile(model, self.page) or Profile(
                 fingerprint(model), self.page, "first prompt", _length(chunk)
@@ -176,7 +176,7 @@ class ProfileBook:
             self.profile = None
             return
         self.profile.complete = True
-        model = self._model()
+        model = None if self._model is None else self._model()
         with _lock:
             if model is not None:
                 _known.setdefault(model, {}).setdefault(self.page, self.profile)
@@ -184,10 +184,12 @@ class ProfileBook:
     def __deepcopy__(self, memo: dict[int, Any]) -> ProfileBook:
         return self  # a copied cache goes on with the same profile
 
-    def __reduce__(self) -> Any:
-        raise UnsupportedError(
-            "a compressed cache belongs to a live model and cannot be pickled; copy.deepcopy works."
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None}
+
+    def attach(self, model: nn.Module) -> None:
+        """Belong to `model`, after unpickling."""
+        self._model = weakref.ref(model)
 
 
 class Collector(ProfileBook):

@@ -91,12 +91,20 @@ class LayerRope:
             self.table.map(fn, batch)
 
 
+def _nothing() -> None:
+    """Where a weak reference was before pickling."""
+
+
 class RopeBook:
     """The rotary tables of one cache. Layers that get the same cos tensor share a table."""
 
     def __init__(self) -> None:
         self.tables: list[RopeTable] = []
-        self.sources: list[weakref.ref[Tensor]] = []  # of the rows last recorded, per table
+        # of the rows last recorded, per table
+        self.sources: list[Callable[[], Tensor | None]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tables": self.tables, "sources": [_nothing] * len(self.sources)}
 
     def record(
         self,

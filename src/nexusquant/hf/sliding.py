@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from nexusquant.config import MAX_BITS, CompressionConfig
+from nexusquant.errors import UnsupportedError
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.tail import Call, Tail
@@ -30,6 +32,7 @@ class CompactSlidingLayer(CompactLayer):
         mixed: bool = False,
     ) -> None:
         self.sliding_window, self.mixed = sliding_window, mixed
+        self.gone = 0  # slots before this one may have been dropped
         super().__init__(
             config.replace(evict_ratio=0.0, sinks=0, max_tokens=None), layer_idx, notices
         )
@@ -44,6 +47,35 @@ class CompactSlidingLayer(CompactLayer):
     def first_visible(self) -> int:
         """First slot that the next query can see."""
         return max(self.length - self.sliding_window + 1, 0)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.gone = 0
+        super().reset()
+
+    def state(self) -> Any:
+        """What `restore` needs to undo the updates that follow."""
+        return super().state(), self.gone
+
+    def restore(self, state: Any) -> None:
+        """Back to an earlier `state`."""
+        super().restore(state[0])
+        self.gone = state[1]
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop` removes from the end.
+
+        Raises:
+            UnsupportedError: more tokens than are uncoded, or what comes into view again is gone.
+        """
+        count = super().check_crop(tokens_to_remove)
+        visible = max(self.length - count - self.sliding_window + 1, 0)
+        if count and visible < self.gone:
+            raise UnsupportedError(
+                f"cannot remove {count} tokens from layer {self.layer_idx}: what had left its"
+                " window before them is gone. Call activate_past_recording() before adding them."
+            )
+        return count
 
     @property
     def planned(self) -> CompressionConfig:
@@ -70,6 +102,7 @@ class CompactSlidingLayer(CompactLayer):
         return self.tail.without_first(surplus), replace(call, valid=valid, received=received)
 
     def _compress(self, call: Call) -> None:
-        self.stored = self.stored.drop_before(self.first_visible)
+        self.gone = self.first_visible
+        self.stored = self.stored.drop_before(self.gone)
         self.tail, held = self._held(call)
         super()._compress(held)

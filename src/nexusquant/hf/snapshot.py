@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nexusquant.compressor import Stored
 from nexusquant.errors import UnsupportedError
+from nexusquant.hf.precision import own_arithmetic
 from nexusquant.kernels.base import spread
 from nexusquant.slots import Slots
 from nexusquant.tokens import CodedTokens, ExactTokens
@@ -88,8 +89,9 @@ class Snapshot:
         if not self.compressed:
             surplus = self.first_column - self.tail_start
             return (self.tail_keys, self.tail_values)[which][:, :, surplus:], None
-        missing = ~self._seen()[:, :, self.first_column :]
-        whole = self._scattered(which)[:, :, self.first_column :]
+        with own_arithmetic(self.tail_keys.device):
+            missing = ~self._seen()[:, :, self.first_column :]
+            whole = self._scattered(which)[:, :, self.first_column :]
         return whole, missing if bool(missing.any()) else None
 
     def _scattered(self, which: int) -> Tensor:

@@ -1,0 +1,162 @@
+"""Models that multiply queries, keys and values themselves: evicted and coded like all others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from nexusquant import CompressionConfig, NexusCache, UnsupportedError
+from nexusquant.hf.quirks import layer_of
+from tests.hf.models import left_padded
+from tests.zoo.builders import build, quiet
+
+OWN = ("bloom", "codegen", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt", "rembert")
+HALF = CompressionConfig(
+    codec="exact", evict_ratio=0.5, scorer="key_norm", recent=8, residual_length=16
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", [*OWN, "falcon-eager"])
+def test_eviction_equals_attention_with_a_mask_per_head(model_type: str) -> None:
+    """Oracle: the stock model whose masks hide, per head, exactly what was evicted."""
+    name, _, attention = model_type.partition("-")
+    with quiet():
+        model = build(name)
+    if attention:
+        model.set_attn_implementation(attention)
+    ids, mask = left_padded([64, 40])
+    more = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(9))
+    whole = torch.cat([mask, mask.new_ones(2, 6)], 1)
+    cache, stock_cache = NexusCache(model, HALF), DynamicCache(config=model.config)
+    for each in (cache, stock_cache):
+        model(ids, attention_mask=mask, past_key_values=each)
+    kept = {layer.layer_idx: kept_slots(layer, 64) for layer in cache.layers}
+    assert all(not bool(k.all()) for k in kept.values())
+    plain = model(more, attention_mask=whole, past_key_values=copied(stock_cache)).logits
+    ours = model(more, attention_mask=whole, past_key_values=cache).logits
+    handles = [
+        module.register_forward_pre_hook(hide(kept[index]), with_kwargs=True)
+        for module in model.modules()
+        if "ttention" in type(module).__name__
+        and (index := layer_of(module)) is not None
+        and all(layer_of(inner) is None for inner in module.children())
+    ]
+    assert len(handles) == len(kept)
+    stock = model(more, attention_mask=whole, past_key_values=stock_cache).logits
+    for handle in handles:
+        handle.remove()
+    scale = max(1.0, float(stock.abs().max()))
+    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4 * scale)
+    assert (plain - stock).abs().max() > 1e-3 * scale  # what was evicted matters
+
+
+def hide(kept: Tensor) -> Any:
+    """A hook that hides from all queries what is not in `kept` (batch, kv_heads, slots)."""
+
+    def hook(module: Any, args: Any, kwargs: Any) -> Any:
+        old = kwargs["attention_mask"]
+        heads = next(
+            getattr(module, name)
+            for name in ("num_attention_heads", "num_heads", "n_heads")
+            if hasattr(module, name)
+        )
+        hidden = ~kept.repeat_interleave(heads // kept.shape[1], 1)[:, :, None]
+        new = old.expand(-1, heads, -1, -1).clone()
+        own = new[..., : hidden.shape[-1]]
+        flips = old.dtype == torch.bool and type(module).__name__ == "MptAttention"
+        least = True if flips else False if old.dtype == torch.bool else torch.finfo(old.dtype).min
+        own.masked_fill_(hidden, least)
+        return args, {**kwargs, "attention_mask": new}
+
+    return hook
+
+
+def kept_slots(layer: Any, upto: int) -> Tensor:
+    """(batch, kv_heads, upto) bool: slots still stored, coded or not."""
+    heads = layer.tail.keys.shape[1]
+    kept = torch.zeros(2, heads, upto + 1, dtype=torch.bool)
+    for part in layer.stored.parts():
+        at = part.slots.positions(torch.device("cpu")).expand(2, heads, -1)
+        kept.scatter_(2, torch.where(at < 0, upto, at), True)
+    return kept[..., :upto]
+
+
+def copied(cache: DynamicCache) -> DynamicCache:
+    new = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        new.update(layer.keys, layer.values, index)
+    return new
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", OWN)
+def test_codes_take_what_they_take_elsewhere_and_serve_as_well(model_type: str) -> None:
+    with quiet():
+        model = build(model_type)
+    ids, _ = left_padded([120])
+    exact, coded = (
+        NexusCache(model, "high", residual_length=16, **more)
+        for more in ({"codec": "exact"}, {"key_bits": 6, "value_bits": 6, "tiers": ()})
+    )
+    for cache in (exact, coded):
+        model(ids[:, :100], past_key_values=cache)
+        out = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(100, 120)]
+        logits = torch.cat(out, 1)
+        if cache is exact:
+            stock = logits
+    assert 0 < (logits - stock).abs().max() < 0.2 * stock.abs().max()
+    assert coded.nbytes < exact.nbytes / 2
+    assert coded.stats().compressed_layers == len(coded.layers)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["gptj", "codegen", "moshi", "llama4", "falcon"])
+def test_rows_that_a_module_looks_up_itself_are_undone(model_type: str) -> None:
+    """Keys come back as they were rotated, so what was captured is what the model did."""
+    with quiet():
+        model = build(model_type)
+    cache = NexusCache(model, key_bits=8, value_bits=8, tiers=(), evict_ratio=0.0, sinks=0)
+    stock = DynamicCache(config=model.config.get_text_config(decoder=True))
+    ids, mask = left_padded([40, 40])
+    for each in (cache, stock):
+        model(input_ids=ids, attention_mask=mask, past_key_values=each)
+    rotated = 0
+    for ours, theirs in zip(cache.layers, stock.layers, strict=True):
+        if ours.rope is None:
+            continue
+        rotated += 1
+        keys = (ours.keys + 0)[:, :, -32:]
+        wanted = theirs.keys[:, :, -32:]
+        torch.testing.assert_close(keys, wanted, rtol=0, atol=0.03 * float(wanted.abs().max()))
+        assert ours.frame().enter is not None
+    assert rotated
+
+
+def test_a_model_that_reads_its_values_keeps_all_tokens() -> None:
+    with quiet():
+        model = build("doge")
+    ids, mask = left_padded([80, 50])
+    cache = NexusCache(model, "max")
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        logits = model(ids[:, :1], past_key_values=cache).logits
+    assert logits.isfinite().all()
+    assert all(layer.stored.count == 80 for layer in cache.layers)
+
+
+def test_what_was_evicted_before_a_model_reads_it_is_refused() -> None:
+    with quiet():
+        model = build("llama")
+    cache = NexusCache(model, "max")
+    ids, _ = left_padded([80])
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    keys = cache.layers[0].keys
+    for read in (lambda: keys.sum(), lambda: keys.transpose(1, 2) + 0, lambda: keys @ keys.mT):
+        with pytest.raises(UnsupportedError, match="evicted or padded"):
+            read()
