@@ -107,7 +107,8 @@ def test_every_turn_is_evicted(settings: CompressionConfig) -> None:
 def test_beam_search_with_exact_codec_equals_stock(kind: str, attention: str) -> None:
     model = tiny(kind, attention)
     ids, mask = left_padded([33, 20])
-    beams = {"num_beams": 3, "num_return_sequences": 2, "attention_mask": mask}
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    beams |= {"attention_mask": mask, "output_scores": True}
     stock = generate(model, ids, 14, **beams)
     with nexusquant_evict(model, EXACT):
         ours = generate(model, ids, 14, **beams)

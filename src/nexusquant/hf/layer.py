@@ -16,11 +16,13 @@ from nexusquant.frame import KeyFrame
 from nexusquant.hf.batch import BatchOperations
 from nexusquant.hf.handle import KVHandle
 from nexusquant.hf.install import Lease
+from nexusquant.hf.logical import LogicalSizes
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.passes import note_update
 from nexusquant.hf.precision import own_arithmetic
 from nexusquant.hf.profiles import ProfileBook
 from nexusquant.hf.quirks import RotaryCall
+from nexusquant.hf.rollback import Rollback
 from nexusquant.hf.rope_tables import LayerRope, RopeBook, forget_workspace
 from nexusquant.hf.second_pass import note, reads_twice
 from nexusquant.hf.snapshot import Snapshot
@@ -37,7 +39,7 @@ UNSEEN_BITS = 4
 _STATE = ("stored", "tail", "length", "deferred", "waiting", "rope")
 
 
-class CompactLayer(BatchOperations, CacheLayerMixin):
+class CompactLayer(BatchOperations, Rollback, LogicalSizes, CacheLayerMixin):
     """One full-attention layer's cache.
 
     `update` appends to the tail and returns handles; our attention function calls `absorb` once
@@ -144,43 +146,6 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         return Snapshot(
             self, self.stored, tail.keys, tail.values, self.tail_start, new, first_column
         )
-
-    @uncompiled
-    def get_seq_length(self) -> int:
-        """Logical length: positions and masks are built from it."""
-        return self.length
-
-    @uncompiled
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """(columns, first column) of the attention mask: columns are slots."""
-        first = self.first_visible  # early 5.x passes the positions instead of their number:
-        new = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.length - first + new, first
-
-    @property
-    def first_visible(self) -> int:
-        """First slot that the next query can see."""
-        return 0
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name in early 5.x
-
-    @property
-    def tail_start(self) -> int:
-        """Slot of the first uncoded tail token."""
-        return self.length - (0 if self.tail is None else self.tail.count)
-
-    # Readers of layer.keys (debuggers, cross-attention) get a lazy handle.
-    keys = property(lambda self: self._peek(0), lambda self, value: None)
-    values = property(lambda self: self._peek(1), lambda self, value: None)
-
-    def _peek(self, which: int) -> Tensor | None:
-        if not getattr(self, "is_initialized", False) or self.tail is None:
-            return None
-        return KVHandle(self._snapshot(self.tail, 0, self.first_visible), which)
 
     # -- what our attention function asks for
 
@@ -308,14 +273,6 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
             )  # fmt: skip
         self.tail = tail.emptied()
 
-    def take_back(self, count: int) -> None:
-        """Remove the last `count` tail tokens."""
-        if count and self.tail is not None:
-            self.tail = self.tail.without_last(count)
-            self.length -= count
-            if self.rope is not None:
-                self.rope.truncate(self.length)
-
     def compress_waiting(self) -> None:
         """The second pass is over, or there is none."""
         call, self.waiting = self.waiting, None
@@ -336,47 +293,3 @@ class CompactLayer(BatchOperations, CacheLayerMixin):
         """Everything that holds storage, for accounting."""
         spans = self.rope.table.spans if self.rope else None
         return [self.stored, self.tail, spans, self.deferred]
-
-    # -- rollback
-
-    def activate_past_recording(self) -> None:
-        """Compress only after `crop` said which tokens stay."""
-        self.record_past = True
-
-    def stop_past_recording(self) -> None:
-        """No rollback will come: compress what waited for one."""
-        self.record_past = False
-        self._compress_deferred(0)
-
-    def check_crop(self, tokens_to_remove: int) -> int:
-        """How many tokens `crop` removes from the end.
-
-        Raises:
-            UnsupportedError: more tokens than are uncoded.
-        """
-        if not self.is_initialized:
-            return 0
-        count = self.length - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
-        have = 0 if self.tail is None else self.tail.count
-        if count > have:
-            raise UnsupportedError(
-                f"cannot remove {count} tokens from layer {self.layer_idx}: only the last"
-                f" {have} are uncompressed. Call activate_past_recording() before adding them."
-            )
-        return max(count, 0)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last |n| tokens for n <= 0; keep the first n for n > 0 (early 5.x).
-
-        Raises:
-            UnsupportedError: more tokens than are uncoded.
-        """
-        count = self.check_crop(tokens_to_remove)
-        self.take_back(count)
-        self._compress_deferred(count)
-
-    def _compress_deferred(self, removed: int) -> None:
-        call, self.deferred = self.deferred, None
-        if call is not None:
-            with own_arithmetic(self.device):
-                self._compress(call.without_last(removed))
