@@ -160,3 +160,22 @@ def test_what_was_evicted_before_a_model_reads_it_is_refused() -> None:
     for read in (lambda: keys.sum(), lambda: keys.transpose(1, 2) + 0, lambda: keys @ keys.mT):
         with pytest.raises(UnsupportedError, match="evicted or padded"):
             read()
+
+
+@pytest.mark.filterwarnings("ignore::nexusquant.hf.notices.NexusQuantWarning")
+@pytest.mark.parametrize("model_type", [*OWN, "deepseek_v3", "doge", "llama"])
+def test_gradients_are_right_or_refused(model_type: str) -> None:
+    with quiet():
+        model = build(model_type)
+    ids, _ = left_padded([60])
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+
+    def gradient(cache: Any) -> Tensor:
+        logits = model(inputs_embeds=embedded, past_key_values=cache).logits
+        return torch.autograd.grad(logits.square().sum(), embedded)[0]
+
+    cache = NexusCache(model, "max")
+    stock = gradient(DynamicCache(config=model.config))
+    torch.testing.assert_close(gradient(cache), stock, rtol=1e-3, atol=1e-4)
+    with pytest.raises(UnsupportedError, match="no gradient flows into|evicted or padded"):
+        gradient(cache)

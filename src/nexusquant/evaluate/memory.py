@@ -73,5 +73,8 @@ def _live_bytes(device: torch.device) -> int:
     for thing in gc.get_objects():
         if issubclass(type(thing), Tensor) and not issubclass(type(thing), KVHandle):
             storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            try:
+                storages[storage.data_ptr()] = storage.nbytes()
+            except RuntimeError:  # torch.compile keeps tensors that have no memory
+                continue
     return sum(storages.values())

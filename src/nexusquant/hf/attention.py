@@ -13,7 +13,7 @@ from nexusquant.attention import attend
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.output_side import output_side
 from nexusquant.hf.passes import current_block, rotary_of
-from nexusquant.hf.precision import own_arithmetic
+from nexusquant.hf.precision import own_arithmetic, refuse_gradient
 from nexusquant.hf.rope_tables import rotary_frequencies
 from nexusquant.hf.snapshot import Snapshot
 from nexusquant.hf.tail import Call
@@ -84,7 +84,7 @@ def nexus_attention(
             ).transpose(1, 2).contiguous()  # fmt: skip
         output, weights = _NoGradient.apply(query, output), None
     if output.requires_grad and not snapshot.compressed and snapshot.length > snapshot.new:
-        output.register_hook(_no_gradient)
+        output.register_hook(refuse_gradient)
     if layer.pending:  # else another layer's keys and values are shared
         valid = _valid(attention_mask, snapshot)
         _absorb(module, snapshot, query, valid, scale, kwargs.get("softcap"))
@@ -140,14 +140,7 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _no_gradient(gradient)
-
-
-def _no_gradient(_: Tensor) -> Tensor:
-    raise UnsupportedError(
-        "no gradient flows into the past of a compressed cache; run the whole text in one forward"
-        " pass, or without a cache (use_cache=False)."
-    )
+        return refuse_gradient(gradient)
 
 
 def _check(module: nn.Module, query: Tensor, snapshot: Snapshot, mask: Any) -> None:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from nexusquant.hf.attention import attended, nexus_attention
 from nexusquant.hf.passes import attention_under_way, note_read
+from nexusquant.hf.precision import refuse_gradient
 from nexusquant.hf.quirks import scaling_of
 from nexusquant.hf.snapshot import Snapshot
 
@@ -140,6 +141,27 @@ class KVHandle(torch.Tensor):
             return x.materialize() if isinstance(x, KVHandle) else x
 
         return func(*tree_map(real, args), **tree_map(real, kwargs))
+
+
+def handles(snapshot: Snapshot, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of K and V; gradients through them go to the new keys and values, as ever."""
+    tracked = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
+    if not tracked:
+        return KVHandle(snapshot, KEYS), KVHandle(snapshot, VALUES)
+    return _Tracked.apply(keys, snapshot, KEYS), _Tracked.apply(values, snapshot, VALUES)
+
+
+class _Tracked(torch.autograd.Function):
+    """The handle that new keys or values are part of."""
+
+    @staticmethod
+    def forward(ctx: Any, new: Tensor, snapshot: Snapshot, which: int) -> KVHandle:
+        ctx.past = snapshot.visible - new.shape[2]
+        return KVHandle(snapshot, which)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return refuse_gradient(gradient) if ctx.past else gradient, None, None
 
 
 # Every function below takes (func, args, kwargs) of an operation on a handle and returns its

@@ -14,7 +14,7 @@ from nexusquant.config import CompressionConfig
 from nexusquant.errors import UnsupportedError
 from nexusquant.frame import KeyFrame
 from nexusquant.hf.batch import BatchOperations
-from nexusquant.hf.handle import KVHandle
+from nexusquant.hf.handle import handles
 from nexusquant.hf.install import Lease
 from nexusquant.hf.logical import LogicalSizes
 from nexusquant.hf.notices import Notices
@@ -140,7 +140,7 @@ class CompactLayer(BatchOperations, Rollback, LogicalSizes, CacheLayerMixin):
         self.length += key_states.shape[-2]
         self.pending = True
         snapshot = self._snapshot(tail, key_states.shape[-2], first_column)
-        return KVHandle(snapshot, 0), KVHandle(snapshot, 1)
+        return handles(snapshot, key_states, value_states)
 
     def _snapshot(self, tail: Tail, new: int, first_column: int) -> Snapshot:
         return Snapshot(

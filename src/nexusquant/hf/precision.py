@@ -1,4 +1,4 @@
-"""Our arithmetic is not the caller's: no autocast, no autograd."""
+"""Our arithmetic is not the caller's: no autocast, and no autograd but where it is refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from nexusquant.errors import UnsupportedError
 
 
 @contextmanager
@@ -17,3 +19,11 @@ def own_arithmetic(device: torch.device) -> Iterator[None]:
                 yield
         else:
             yield
+
+
+def refuse_gradient(_: torch.Tensor) -> torch.Tensor:
+    """In place of a gradient."""
+    raise UnsupportedError(
+        "no gradient flows into the past of a compressed cache; run the whole text in one forward"
+        " pass, or without a cache (use_cache=False)."
+    )
