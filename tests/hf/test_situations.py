@@ -265,7 +265,8 @@ def test_a_streamer_shows_what_is_returned_while_it_is_made() -> None:
     assert cache.nbytes == twin.nbytes
 
 
-def test_a_quantized_cache_of_others_is_left_alone_with_one_warning() -> None:
+@pytest.mark.parametrize("new", [1, 12])  # right behind the prompt nothing is left unquantized
+def test_a_quantized_cache_of_others_is_left_alone_with_one_warning(new: int) -> None:
     from transformers.cache_utils import Cache, QuantizedLayer
 
     class Rounded(QuantizedLayer):
@@ -277,11 +278,12 @@ def test_a_quantized_cache_of_others_is_left_alone_with_one_warning() -> None:
 
     model = tiny()
     caches = [Cache(layers=[Rounded(residual_length=8) for _ in range(3)]) for _ in range(2)]
-    stock = generate(model, prompt(40), past_key_values=caches[0])
+    stock = generate(model, prompt(40), new, past_key_values=caches[0])
     with (
         pytest.warns(NexusQuantWarning, match="Cache is left uncompressed") as caught,
-        nexusquant_evict(model),
+        nexusquant_evict(model) as run,
     ):
-        ours = generate(model, prompt(40), past_key_values=caches[1])
+        ours = generate(model, prompt(40), new, past_key_values=caches[1])
     assert len(caught) == 1
+    assert run.stats.tokens == 40 + new - 1
     assert_same_run(ours, stock, 0)

@@ -180,6 +180,8 @@ def _kept(layer: Any) -> float:
     if isinstance(layer, CompactLayer):
         return layer.stored.count + layer.length - layer.tail_start
     keys = getattr(layer, "keys", None)
+    if keys is not None and keys.ndim < 4:  # a quantized layer of transformers that holds no others
+        return _length(layer)
     return 0 if keys is None else int(keys.shape[-2])
 
 
