@@ -62,7 +62,9 @@ def compact_layers(
     for index, layer in enumerate(layers):
         new = None if index in crossed else _compact(layer, config, index, notices, mixed)
         if new is None:
-            kept[type(layer).__name__] = kept.get(type(layer).__name__, 0) + 1
+            name = type(layer).__name__
+            if name != "DummyLayer":  # it holds nothing
+                kept[name] = kept.get(name, 0) + 1
             swapped.append(layer)
             continue
         new.lease = lease
