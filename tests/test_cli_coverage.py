@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import (
     BartConfig,
+    BltConfig,
+    FalconConfig,
     FalconH1Config,
     GPTJConfig,
     LlamaConfig,
@@ -113,6 +115,21 @@ def test_encoder_decoders_are_refused() -> None:
         assert coverage.status == "refused"
         assert "encoder-decoder" in coverage.reasons
     assert cover(BartConfig(architectures=["BartForCausalLM"])).status == "compressed"
+
+
+def test_falcon_repeats_its_heads_before_they_are_cached() -> None:
+    config = FalconConfig(
+        hidden_size=512, num_attention_heads=8, num_kv_heads=2, new_decoder_architecture=True
+    )
+    assert {layer.kv_heads for layer in cover(config).layers} == {8}
+    assert {layer.kv_heads for layer in cover(FalconConfig()).layers} == {1}
+
+
+def test_a_config_without_layers(tmp_path: Path) -> None:
+    BltConfig().save_pretrained(tmp_path)
+    status, out, _ = run("doctor", tmp_path)
+    assert status == 0
+    assert "cannot be told from its config" in " ".join(out.split())
 
 
 def test_heads_that_cannot_be_coded() -> None:

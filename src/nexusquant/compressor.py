@@ -232,29 +232,36 @@ def _encode(
     if bool(empty.any()):
         keys, values = keys.masked_fill(empty, 0), values.masked_fill(empty, 0)
     old = [part for part in past.body if isinstance(part, CodedTokens)]
-    if old:
-        coding = Coding.of(old)
-    else:
-        coding = plan_coding(config, keys, values, empty, profile, chunk.layer_idx)
-    if scores is None:
-        members = _unscored(index, len(coding.tiers))
-    elif config.per_head:
-        members = split_tiers(scores, index.expand(-1, keys.shape[1], -1), config.tier_shares)
-    else:
-        members = split_tiers(scores, index, config.tier_shares)
-    new = []
-    for entries, (key, value) in zip(members, coding.tiers, strict=True):
-        wide = slots.expand(-1, entries.shape[1], -1)
-        for heads, at in split_heads(entries):
-            slot = _at_heads(wide, heads).gather(2, at.clamp(min=0))
-            new.append(
-                CodedTokens.encode(
-                    gather_tokens(_at_heads(keys, heads), at),
-                    gather_tokens(_at_heads(values, heads), at),
-                    Slots.of(torch.where(at < 0, -1, slot)), coding.centres,
-                    (key.of_heads(heads), value.of_heads(heads)),
-                )
-            )  # fmt: skip
+
+    def code(coding: Coding) -> list[CodedTokens]:
+        if scores is None or len(coding.tiers) != len(config.tier_shares):  # as the past has them
+            members = _unscored(index, len(coding.tiers))
+        elif config.per_head:
+            members = split_tiers(scores, index.expand(-1, keys.shape[1], -1), config.tier_shares)
+        else:
+            members = split_tiers(scores, index, config.tier_shares)
+        new = []
+        for entries, (key, value) in zip(members, coding.tiers, strict=True):
+            wide = slots.expand(-1, entries.shape[1], -1)
+            for heads, at in split_heads(entries):
+                slot = _at_heads(wide, heads).gather(2, at.clamp(min=0))
+                new.append(
+                    CodedTokens.encode(
+                        gather_tokens(_at_heads(keys, heads), at),
+                        gather_tokens(_at_heads(values, heads), at),
+                        Slots.of(torch.where(at < 0, -1, slot)), coding.centres,
+                        (key.of_heads(heads), value.of_heads(heads)),
+                    )
+                )  # fmt: skip
+        return new
+
+    def anew(all_alike: bool) -> list[CodedTokens]:
+        return code(plan_coding(config, keys, values, empty, profile, chunk.layer_idx, all_alike))
+
+    try:
+        new = code(Coding.of(old)) if old else anew(all_alike=False)
+    except NonFiniteError:  # out of reach of vectors that are all alike, if not worse
+        new = anew(all_alike=True)
     return _appended(old, sorted(new, key=lambda part: part.heads is not None))
 
 

@@ -10,11 +10,14 @@ from torch import Tensor
 from nexusquant.allocation import uniform_costs
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import NonFiniteError, ProfileError
+from nexusquant.math.gains import LIMIT
 from nexusquant.profile import SIDES, Budget, Profile
 from nexusquant.quantizer import Basis, Centre, Orthonormal, Profiled, Quantizer
 from nexusquant.tokens import CodedTokens
 
 _HUGE = 100  # times the median squared size: such vectors do not set the scale of the others
+_ORDINARY = 16  # times the median size: such vectors must be within reach of the code
+_REACH = LIMIT / 2  # times the scale
 _SAMPLE = 2048
 """Tokens that centres are computed from, at most."""
 _OWN_CENTRE = 256
@@ -30,11 +33,11 @@ class Coding:
 
     @staticmethod
     def of(parts: list[CodedTokens]) -> Coding:
-        """How a past was coded: each tier has one part that holds all heads."""
-        first = parts[0]
-        tiers = [part for part in parts if part.heads is None]
+        """How a past was coded last: each tier has one part that holds all heads."""
+        last = parts[-1]
+        tiers = [part for part in parts if part.heads is None and part.shares_centres(last)]
         return Coding(
-            (first.key_centre, first.value_centre),
+            (last.key_centre, last.value_centre),
             [(part.key_quantizer, part.value_quantizer) for part in tiers],
         )
 
@@ -46,11 +49,13 @@ def plan_coding(
     empty: Tensor,
     profile: Profile | None,
     layer: int,
+    all_alike: bool = False,
 ) -> Coding:
     """For the first tokens of a layer: keys (in their frame) and values, (batch, heads, n, dim).
 
     Args:
         empty: (batch, heads or 1, n, 1) bool, entries that hold nothing.
+        all_alike: most vectors are so much alike that their spread does not reach the others.
         profile: used if the config wants one and it knows this layer.
 
     Raises:
@@ -72,7 +77,10 @@ def plan_coding(
             layouts = budget.layouts([_uniform(keys, values)])[0]
         else:
             layouts = profile.layouts(layer, budget)
-        centres = [_profiled_centre(x, empty, basis) for x, basis in zip(sides, bases, strict=True)]
+        centres = [
+            _profiled_centre(x, empty, basis, all_alike)
+            for x, basis in zip(sides, bases, strict=True)
+        ]
     else:
         name = "hadamard" if config.transform == "klt" else config.transform
         bases = [Orthonormal(name, x.shape[-1]) for x in sides]
@@ -104,31 +112,41 @@ def _uniform(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _own_centre(x: Tensor, empty: Tensor, enough: int) -> Centre:
     """Mean and deviation of every channel: without a profile, nothing else tells them apart."""
-    x, empty = _sampled(x, empty)
-    usual = _usual(x, empty)
-    mean = _filled_mean(x, usual, enough)
-    equal, least = _equal(x - mean, mean, empty)
-    usual = torch.where(equal, ~empty, usual)
-    deviation = _filled_mean((x - mean).square(), usual, enough).sqrt().clamp(min=least)
+    some, none = _sampled(x, empty)
+    usual = _usual(some, none)
+    mean = _filled_mean(some, usual, enough)
+    deviation = _filled_mean((some - mean).square(), usual, enough).sqrt()
     typical = deviation.square().mean(-1, keepdim=True).sqrt()
-    deviation = torch.where(typical > 0, deviation.clamp(min=0.05 * typical), 1.0)
-    return _checked(mean, deviation)
+    deviation = deviation.clamp(min=0.05 * typical)
+    return _checked(mean, _within_reach(deviation, x, empty, mean))
 
 
-def _profiled_centre(x: Tensor, empty: Tensor, basis: Basis) -> Centre:
+def _profiled_centre(x: Tensor, empty: Tensor, basis: Basis, all_alike: bool) -> Centre:
     """Mean, and one factor per head, of the rows that have enough tokens to tell."""
     enough = (~empty).sum(2, keepdim=True) >= _OWN_CENTRE
-    if not bool(enough.any()):
+    if not bool(enough.any()) and not all_alike:
         return Centre(None, None)
-    x, empty = _sampled(x, empty)
-    usual = _usual(x, empty)
-    mean = torch.where(enough, _mean(x, usual), basis.mean(x.device))
+    some, none = _sampled(x, empty)
+    usual = _usual(some, none)
+    mean = torch.where(enough, _mean(some, usual), basis.mean(x.device))
     forward = basis.forward(x.device).mT
-    y = (x - mean) @ forward
-    equal, least = _equal(y, mean @ forward, empty)
-    usual = torch.where(equal, ~empty, usual)
-    scale = _mean(y.square().mean(-1, keepdim=True), usual).sqrt().clamp(min=least)
-    return _checked(mean, torch.where(enough & (scale > 0), scale, 1.0))
+    y = (some - mean) @ forward
+    scale = _mean(y.square().mean(-1, keepdim=True), usual).sqrt()
+    scale = torch.where(enough & (scale > 0), scale, 1.0)
+    if all_alike:
+        scale = _within_reach(scale, x @ forward, empty, mean @ forward)
+    return _checked(mean, scale)
+
+
+def _within_reach(scale: Tensor, x: Tensor, empty: Tensor, mean: Tensor) -> Tensor:
+    """`scale`, or so much more that vectors as large as the others can be coded; 1 for 0."""
+    size = x.square().mean(-1, keepdim=True)
+    ordinary = (size <= _ORDINARY**2 * _median(size, empty)) & ~empty
+    apart = (x - mean).square().mean(-1, keepdim=True).masked_fill(~ordinary, 0)
+    scale = torch.maximum(scale, apart.amax(2, keepdim=True).sqrt() / _REACH)
+    rounding = mean.abs().amax(-1, keepdim=True) * 2.0**-17  # of a mean in fp16, within reach
+    scale = torch.maximum(scale, rounding)
+    return torch.where(scale > 0, scale, 1.0)
 
 
 def _sampled(x: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,23 +163,6 @@ def _usual(x: Tensor, empty: Tensor) -> Tensor:
 
 def _median(size: Tensor, empty: Tensor) -> Tensor:
     return size.masked_fill(empty, torch.nan).nanmedian(2, keepdim=True).values
-
-
-def _equal(apart: Tensor, mean: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether most vectors are the mean but for rounding, and the least scale then.
-
-    Any other vector is huge there, and must still be within reach.
-
-    Args:
-        apart: (batch, heads, n, dim) vectors less their mean.
-
-    Returns:
-        (batch, heads, 1, 1) bool, and float, 0 where vectors differ.
-    """
-    size = mean.square().mean(-1, keepdim=True)
-    median = _median(apart.square().mean(-1, keepdim=True), empty)
-    equal = median <= (2.0**-18) ** 2 * size
-    return equal, torch.where(equal, size.sqrt() / 64, 0.0)
 
 
 def _mean(x: Tensor, where: Tensor) -> Tensor:

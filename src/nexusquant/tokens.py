@@ -125,7 +125,7 @@ class CodedTokens:
         key_rows, value_rows: (batch, row_bytes, tokens) uint8; entry i holds the i-th token of
             every head, which need not be the same token (`slots`).
         gains: (batch, kv_heads, tokens) uint8, the keys' in the low four bits.
-        key_centre, value_centre: of all heads, shared by all parts of a layer.
+        key_centre, value_centre: of all heads, shared by parts that were coded alike.
         key_quantizer, value_quantizer: of the heads that are here.
     """
 
@@ -219,7 +219,13 @@ class CodedTokens:
     def continues(self, other: CodedTokens) -> bool:
         """Whether this may be appended to `other`: the same heads, coded alike."""
         mine = self.key_quantizer, self.value_quantizer
-        return mine == (other.key_quantizer, other.value_quantizer)
+        alike = mine == (other.key_quantizer, other.value_quantizer)
+        return alike and self.shares_centres(other)
+
+    def shares_centres(self, other: CodedTokens) -> bool:
+        """Whether both are relative to the same centres, by identity."""
+        pairs = (self.key_centre, other.key_centre), (self.value_centre, other.value_centre)
+        return all(a.mean is b.mean and a.scale is b.scale for a, b in pairs)
 
     def append(self, other: CodedTokens) -> CodedTokens:
         """The tokens of both, which must share centres and quantizers; `other` lies behind."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -156,3 +157,72 @@ def test_gradients_are_right_or_refused(model_type: str) -> None:
     torch.testing.assert_close(gradient(cache), stock, rtol=1e-3, atol=1e-4)
     with pytest.raises(UnsupportedError, match=r"no gradient flows into|evicted or padded"):
         gradient(cache)
+
+
+@pytest.mark.parametrize("model_type", [name for name in OWN if name != "falcon"])
+def test_inference_mode_and_no_grad_take_turns(model_type: str) -> None:
+    with quiet():
+        model = build(model_type)
+    ids, _ = left_padded([100])
+    results = []
+    for modes in ((torch.no_grad, torch.no_grad), (torch.inference_mode, torch.no_grad),
+                  (torch.no_grad, torch.inference_mode)):  # fmt: skip
+        cache = NexusCache(model, "balanced")
+        for mode, tokens in zip((*modes, modes[0]), (ids[:, :60], ids[:, 60:61], ids), strict=True):
+            with mode():
+                logits = model(tokens, past_key_values=cache).logits
+        assert all(layer.reached and not layer.read for layer in cache.layers)
+        results.append((logits, cache.nbytes))
+    for logits, nbytes in results[1:]:
+        torch.testing.assert_close(logits, results[0][0], rtol=0, atol=1e-4)
+        assert nbytes == results[0][1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", [*OWN, "git"])
+def test_padding_is_not_stored(model_type: str) -> None:
+    with quiet():
+        model = build(model_type)
+    ids, mask = left_padded([150, 50])
+    both, alone = (NexusCache(model, "max", tiers=()) for _ in range(2))
+    model(input_ids=ids, attention_mask=mask, past_key_values=both)
+    model(input_ids=ids[1:, 100:], past_key_values=alone)
+    for layer, own in zip(both.layers, alone.layers, strict=True):
+        heads = layer.tail.keys.shape[1]
+        assert last_row(layer, heads) == last_row(own, heads)
+
+
+def last_row(layer: Any, heads: int) -> int:
+    """Entries that the last batch row has in all heads."""
+    rows = layer.tail.keys.shape[0]
+    slots = [part.slots.positions(part.device) for part in layer.stored.parts()]
+    return sum(int((at.expand(rows, heads, -1)[-1] >= 0).sum()) for at in slots)
+
+
+def test_writing_into_keys_is_refused() -> None:
+    with quiet():
+        model = build("llama")
+    cache = NexusCache(model, "lossless")
+    ids, _ = left_padded([80])
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    keys = cache.layers[0].keys
+    for write in (
+        keys.zero_, lambda: keys.__setitem__((0, 0, 0), 5.0),
+        lambda: torch.mul(keys + 0, 2, out=keys),
+    ):  # fmt: skip
+        with pytest.raises(UnsupportedError, match="cannot be written to"):
+            write()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "doge"])
+def test_max_tokens_that_cannot_be_kept_is_said(model_type: str) -> None:
+    with quiet():
+        model = build(model_type)
+    cache = NexusCache(model, "high", max_tokens=64)
+    ids, _ = left_padded([120])
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        model(ids, past_key_values=cache)
+    assert any("max_tokens does not bound" in str(x.message) for x in given)

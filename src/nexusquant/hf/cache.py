@@ -252,7 +252,7 @@ class NexusCache(DynamicCache):
             UnsupportedError: some layer cannot; none is changed then.
         """
         for layer in self.layers:
-            if isinstance(layer, CompactLayer):
+            if isinstance(layer, (CompactLayer, LinearStateLayer)):
                 layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 

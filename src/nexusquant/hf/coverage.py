@@ -139,8 +139,18 @@ def cover(config: Any) -> Coverage:
     """What is compressed of a model with this config, without building it.
 
     Args:
-        config: a transformers `PreTrainedConfig`.
+        config: a transformers `PreTrainedConfig`. One that transformers cannot make a cache from is
+            refused.
     """
+    try:
+        return _cover(config)
+    # Configs check themselves in their models' own ways.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
+        return Coverage(config.model_type, (), f"cannot be told from its config ({reason})")
+
+
+def _cover(config: Any) -> Coverage:
     refused = _refusal(config)
     text = config.get_text_config(decoder=True)
     positions = getattr(text, "max_position_embeddings", None)
@@ -167,11 +177,11 @@ def cover_types() -> dict[str, Coverage]:
 
 def _by_default(model_type: str) -> Coverage:
     try:
-        return cover(CONFIG_MAPPING[model_type]())
-    # Configs are made by their models' own code, which checks itself in its own ways.
-    except Exception as error:
+        config = CONFIG_MAPPING[model_type]()
+    except Exception as error:  # as above
         reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
         return Coverage(model_type, (), f"has no default config to tell from ({reason})")
+    return cover(config)
 
 
 def cross_attention(config: Any) -> tuple[int, ...]:
@@ -258,8 +268,8 @@ def _shape(config: Any, sliding: bool) -> tuple[int, int, int]:
     if sliding and first("swa_num_key_value_heads"):  # Inkling
         return first("swa_num_key_value_heads"), first("swa_head_dim"), first("swa_head_dim")
     dim = first("head_dim", "kv_channels", "attention_head_dim") or hidden // max(heads, 1)
-    if getattr(config, "multi_query", False) and not getattr(
-        config, "new_decoder_architecture", False
-    ):
+    if getattr(config, "new_decoder_architecture", False):
+        kv_heads = heads  # Falcon repeats its KV heads before they are cached
+    elif getattr(config, "multi_query", False):
         kv_heads = 1  # Falcon, GPT-BigCode
     return kv_heads, dim, first("v_head_dim") or dim

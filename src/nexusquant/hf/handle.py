@@ -11,7 +11,7 @@ tensor, so models that touch K or V in between still work.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,53 +19,18 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
+from nexusquant.errors import UnsupportedError
 from nexusquant.hf.attention import attended, nexus_attention
 from nexusquant.hf.passes import attention_under_way, note_read
 from nexusquant.hf.precision import refuse_gradient
 from nexusquant.hf.quirks import scaling_of
 from nexusquant.hf.snapshot import Snapshot
+from nexusquant.hf.view import View
 
 _aten = torch.ops.aten
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_READ_ONLY = "keys and values of a compressed cache cannot be written to; copy them first (x + 0)."
 KEYS, VALUES = 0, 1
-
-
-@dataclass(frozen=True)
-class _View:
-    """How a handle's tensor follows from K or V (batch, kv_heads, tokens, dim).
-
-    Args:
-        repeat: copies of the only KV head.
-        flat: batch and heads are one dimension.
-        transposed: the last two dimensions are swapped.
-        dtype: cast to; None as K and V are.
-    """
-
-    repeat: int = 1
-    flat: bool = False
-    transposed: bool = False
-    dtype: torch.dtype | None = None
-
-    def shape(self, base: tuple[int, ...]) -> tuple[int, ...]:
-        batch, heads, tokens, dim = base
-        lead = (batch * heads * self.repeat,) if self.flat else (batch, heads * self.repeat)
-        return (*lead, dim, tokens) if self.transposed else (*lead, tokens, dim)
-
-    def strides(self, base: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a tensor that is contiguous but for the transposition."""
-        tokens, dim = base[2:]
-        whole = tokens * dim
-        lead = (whole,) if self.flat else (base[1] * self.repeat * whole, whole)
-        return (*lead, 1, dim) if self.transposed else (*lead, dim, 1)
-
-    def of(self, x: Tensor) -> Tensor:
-        """The tensor, from K or V or what has their first three dimensions."""
-        if self.repeat > 1:
-            x = x.expand(-1, self.repeat, *x.shape[2:])
-        if self.flat:
-            x = x.flatten(0, 1)
-        if self.transposed:
-            x = x.mT
-        return x if self.dtype is None else x.to(self.dtype)
 
 
 class KVHandle(torch.Tensor):
@@ -73,11 +38,11 @@ class KVHandle(torch.Tensor):
 
     snapshot: Snapshot
     which: int
-    seen_as: _View
+    seen_as: View
 
     @staticmethod
-    def __new__(cls, snapshot: Snapshot, which: int, view: _View | None = None) -> KVHandle:
-        view = view or _View()
+    def __new__(cls, snapshot: Snapshot, which: int, view: View | None = None) -> KVHandle:
+        view = view or View()
         base = snapshot.shape(which)
         handle = torch.Tensor._make_wrapper_subclass(
             cls, view.shape(base), strides=view.strides(base),
@@ -98,7 +63,7 @@ class KVHandle(torch.Tensor):
     @property
     def untouched(self) -> bool:
         """Whether it is what `update` returned."""
-        return self.seen_as == _View()
+        return self.seen_as == View()
 
     def materialize(self) -> Tensor:
         """The real tensor, laid out as the handle claims to be.
@@ -119,6 +84,8 @@ class KVHandle(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.__setitem__ and isinstance(args[0], KVHandle):
+            raise UnsupportedError(_READ_ONLY)
         with torch._C.DisableTorchFunctionSubclass():
             if func is functional.scaled_dot_product_attention:
                 return _scaled_dot_product(func, *args, **kwargs)
@@ -137,10 +104,23 @@ class KVHandle(torch.Tensor):
             if result is not None:
                 return result
 
+        if func.has_kernel_for_dispatch_key(_COMPOSITE):  # inference mode leaves them whole
+            return func.decompose(*args, **kwargs)
+        _refuse_writing(func, args, kwargs)
+
         def real(x: Any) -> Any:
             return x.materialize() if isinstance(x, KVHandle) else x
 
         return func(*tree_map(real, args), **tree_map(real, kwargs))
+
+
+def _refuse_writing(func: Any, args: Any, kwargs: Any) -> None:
+    """What is written into a handle would be lost."""
+    for i, argument in enumerate(func._schema.arguments):
+        given = args[i] if i < len(args) else kwargs.get(argument.name)
+        alias = argument.alias_info
+        if isinstance(given, KVHandle) and alias is not None and alias.is_write:
+            raise UnsupportedError(_READ_ONLY)
 
 
 def handles(snapshot: Snapshot, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

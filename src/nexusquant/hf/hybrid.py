@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import cache_utils
 
 from nexusquant.config import CompressionConfig
+from nexusquant.errors import UnsupportedError
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.passes import note_update
@@ -37,6 +38,7 @@ class LinearStateLayer(_Linear):
     """transformers' linear-attention layer, whose state can be put back and rearranged."""
 
     stores_tokens = False
+    changes_in_place = True  # models write into the state itself when they decode
     lease: Any = None
 
     def _noted(self) -> LinearStateLayer:
@@ -73,6 +75,19 @@ class LinearStateLayer(_Linear):
         """Of the state, compressed or not."""
         states = [x for name in _STATES for x in getattr(self, name).values() if x is not None]
         return sum(x.numel() for x in states)
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop` removes from the end.
+
+        Raises:
+            UnsupportedError: the state cannot be rolled back.
+        """
+        if tokens_to_remove and not (self.record_past and self.is_croppable):
+            raise UnsupportedError(
+                "this model keeps a linear-attention state, which cannot be rolled back"
+                + ("." if self.record_past else " unless activate_past_recording() came before.")
+            )
+        return max(-tokens_to_remove, 0)
 
     def _map_states(self, fn: Callable[[Tensor], Tensor]) -> None:
         for name in _STATES:
@@ -139,6 +154,11 @@ class CompactHybridLayer(LinearStateLayer, CompactLayer, _Hybrid):
         """Elements that an uncompressed layer would hold now."""
         parts: Any = LinearStateLayer.elements, self._attention.elements  # two properties
         return sum(part.fget(self) for part in parts)
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop` removes from the end. Raises `UnsupportedError` if it cannot."""
+        LinearStateLayer.check_crop(self, tokens_to_remove)
+        return self._attention.check_crop(self, tokens_to_remove)
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]  # a property of stock states

@@ -139,7 +139,7 @@ def _detached(fingerprint: str) -> Lease:
 
 def _hook_attention(model: nn.Module) -> list[Any]:
     handles: list[Any] = [
-        model.register_forward_pre_hook(begin),
+        model.register_forward_pre_hook(begin, with_kwargs=True),
         model.register_forward_hook(finish, with_kwargs=True, always_call=True),
         *prepare_generation(model),
     ]

@@ -263,6 +263,11 @@ class CompactLayer(BatchOperations, Rollback, LogicalSizes, CacheLayerMixin):
         chunk, frame = self._chunk(call, tail), self.frame()
         profile = self._profile(call, chunk)
         planned = self.planned
+        if config.max_tokens is not None and planned.max_tokens is None:
+            self.notices.warn(
+                "max_tokens does not bound layers whose keys or values this model reads as tensors"
+                " (`nexusquant doctor` says which): nothing is evicted there."
+            )
         self.stored = compress(planned, self.stored, chunk, frame, profile)
         if planned.max_tokens is not None:
             self.stored = retain(

@@ -6,10 +6,11 @@ layers with its tokens and some without: the layers it updated are put back as t
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,12 +40,39 @@ class Undoable(Protocol):
         """The pass is over."""
 
 
+class _StockLayer:
+    """A layer of transformers beside ours. It replaces its tensors, so references undo it."""
+
+    stores_tokens = False
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def state(self) -> Any:
+        """What the layer holds."""
+        return {
+            k: copy.copy(v) if isinstance(v, _OPEN) else v for k, v in vars(self._layer).items()
+        }
+
+    def restore(self, state: Any) -> None:
+        """Back to an earlier `state`."""
+        vars(self._layer).clear()
+        vars(self._layer).update(state)
+
+    def end_pass(self, failed: bool) -> None:
+        """The pass is over."""
+
+
+_OPEN = (dict, list, set)
+
+
 @dataclass
 class _Pass:
     """A running pass, and what the layers it updated were before."""
 
     model: int  # id
-    before: dict[int, tuple[weakref.ref[Any], Any]] = field(default_factory=dict)
+    mask: Any = None  # what the model was called with
+    before: dict[int, tuple[Callable[[], Any], Any]] = field(default_factory=dict)
 
     def layers(self) -> Iterator[tuple[Undoable, Any]]:
         """The layers that still exist, with their state before."""
@@ -101,13 +129,21 @@ def named_arguments(
 
 
 @uncompiled
-def begin(model: nn.Module, args: Any) -> None:
-    """Forward pre-hook of the model."""
+def begin(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """Forward pre-hook of the model, with its arguments by name and by place."""
     stale = _running.end(model)
     if stale is not None:  # it never finished: a KeyboardInterrupt skips forward hooks
         _running.attention, _running.block = None, (None, None)
         stale.end(failed=True)
-    _running.passes.append(_Pass(id(model)))
+    given = named_arguments(model, args, kwargs)
+    _running.passes.append(_Pass(id(model), given.get("attention_mask")))
+    layers = getattr(given.get("past_key_values"), "layers", ())
+    if any(hasattr(layer, "stores_tokens") for layer in layers):  # else it is none of ours
+        for layer in layers:
+            if not hasattr(layer, "stores_tokens"):
+                note_update(_StockLayer(layer), model)
+            elif getattr(layer, "changes_in_place", False):
+                note_update(layer, model)
 
 
 @uncompiled
@@ -134,7 +170,8 @@ def note_update(layer: Undoable, model: nn.Module | None) -> None:
     if _running.passes and _running.passes[-1].model == id(model):
         before = _running.passes[-1].before
         if id(layer) not in before:
-            before[id(layer)] = weakref.ref(layer), layer.state()
+            stock = isinstance(layer, _StockLayer)  # which only the pass holds
+            before[id(layer)] = (lambda: layer) if stock else weakref.ref(layer), layer.state()
 
 
 def note_read(layer: CompactLayer) -> None:
@@ -170,6 +207,13 @@ def current_block(tokens: int) -> tuple[nn.Module | None, torch.Tensor | None]:
     """The decoder layer under way and its residual stream (batch, tokens, hidden), if known."""
     block, stream = _running.block
     return block, stream if stream is not None and stream.shape[1] == tokens else None
+
+
+def padding_mask(length: int) -> torch.Tensor | None:
+    """(batch, length) 1 for tokens, 0 for padding, if the model was called with such a mask."""
+    mask = _running.passes[-1].mask if _running.passes else None
+    fits = torch.is_tensor(mask) and mask.ndim == 2 and mask.shape[1] == length
+    return mask if fits else None
 
 
 def rotary_of(module: nn.Module) -> RotaryCall | None:
