@@ -179,7 +179,7 @@ def test_inference_mode_and_no_grad_take_turns(model_type: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", [*OWN, "git"])
+@pytest.mark.parametrize("model_type", OWN)
 def test_padding_is_not_stored(model_type: str) -> None:
     with quiet():
         model = build(model_type)

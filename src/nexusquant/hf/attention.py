@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from nexusquant.attention import attend
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.output_side import output_side
-from nexusquant.hf.passes import current_block, padding_mask, rotary_of
+from nexusquant.hf.passes import current_block, rotary_of
 from nexusquant.hf.precision import own_arithmetic, refuse_gradient
+from nexusquant.hf.quirks import readable_mask
 from nexusquant.hf.rope_tables import rotary_frequencies
 from nexusquant.hf.snapshot import Snapshot
 from nexusquant.hf.tail import Call
@@ -98,14 +99,12 @@ def attended(
 
     Args:
         query: (batch, query_heads, q_len, dim).
-        mask: what the module was called with. Only an additive one of four dimensions is surely
-            understood; else padding is told by what the model was called with.
+        mask: what the module was called with.
     """
     if not snapshot.layer.pending:
         return
     _record_rotary(module, snapshot)
-    additive = torch.is_tensor(mask) and mask.ndim == 4 and mask.is_floating_point()
-    valid = _valid(mask if additive else padding_mask(snapshot.length), snapshot)
+    valid = _valid(readable_mask(module, mask), snapshot)
     _absorb(module, snapshot, query, valid, scaling, None)
 
 

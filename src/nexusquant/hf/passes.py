@@ -71,7 +71,6 @@ class _Pass:
     """A running pass, and what the layers it updated were before."""
 
     model: int  # id
-    mask: Any = None  # what the model was called with
     before: dict[int, tuple[Callable[[], Any], Any]] = field(default_factory=dict)
 
     def layers(self) -> Iterator[tuple[Undoable, Any]]:
@@ -136,7 +135,7 @@ def begin(model: nn.Module, args: Any, kwargs: Any) -> None:
         _running.attention, _running.block = None, (None, None)
         stale.end(failed=True)
     given = named_arguments(model, args, kwargs)
-    _running.passes.append(_Pass(id(model), given.get("attention_mask")))
+    _running.passes.append(_Pass(id(model)))
     layers = getattr(given.get("past_key_values"), "layers", ())
     if any(hasattr(layer, "stores_tokens") for layer in layers):  # else it is none of ours
         for layer in layers:
@@ -207,13 +206,6 @@ def current_block(tokens: int) -> tuple[nn.Module | None, torch.Tensor | None]:
     """The decoder layer under way and its residual stream (batch, tokens, hidden), if known."""
     block, stream = _running.block
     return block, stream if stream is not None and stream.shape[1] == tokens else None
-
-
-def padding_mask(length: int) -> torch.Tensor | None:
-    """(batch, length) 1 for tokens, 0 for padding, if the model was called with such a mask."""
-    mask = _running.passes[-1].mask if _running.passes else None
-    fits = torch.is_tensor(mask) and mask.ndim == 2 and mask.shape[1] == length
-    return mask if fits else None
 
 
 def rotary_of(module: nn.Module) -> RotaryCall | None:

@@ -128,3 +128,15 @@ def scaling_of(module: nn.Module, head_dim: int) -> float:
         return 1.0
     given = getattr(module, "softmax_scale", None)  # MPT
     return float(given) if isinstance(given, float) else 1 / math.sqrt(head_dim)
+
+
+def readable_mask(module: nn.Module, mask: Any) -> Tensor | None:
+    """The mask that such a module was called with, if it is sure to say who is hidden.
+
+    None leaves padding where it is; the model goes on hiding it.
+    """
+    if not torch.is_tensor(mask) or mask.ndim != 4:
+        return None
+    if mask.dtype == torch.bool:
+        return ~mask if file_of(module) == "modeling_mpt" else None  # True is hidden there
+    return mask if mask.is_floating_point() else None
