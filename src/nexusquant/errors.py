@@ -23,3 +23,11 @@ class ProfileError(NexusQuantError, ValueError):
 
 class LoadError(NexusQuantError):
     """A model, tokenizer or file that could not be loaded."""
+
+
+class FormatError(NexusQuantError, ValueError):
+    """Bytes that are not an .nxq file, are damaged, or are of a version this one cannot read."""
+
+
+class StoreError(NexusQuantError, OSError):
+    """A store that could not be opened, read or written; what it held before is still there."""

@@ -1,0 +1,1 @@
+"""The storage codec: keys and values to entropy-coded bytes and back."""

@@ -1,0 +1,1 @@
+"""Prefixes of sequences, saved and loaded: caches to .nxq files and back."""

@@ -1,0 +1,1 @@
+"""Where compressed prefixes are kept: directories, Redis, and what fsspec opens."""

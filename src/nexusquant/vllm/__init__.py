@@ -1,0 +1,1 @@
+"""A KV connector for vLLM: compressed blocks in a store that several servers share."""
