@@ -12,12 +12,11 @@ from transformers import DynamicCache
 
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import ConfigError, ProfileError
-from nexusquant.hf.cache import check_model, compact_layers, text_config
+from nexusquant.hf.cache import checked_model, compact_layers, text_config
 from nexusquant.hf.context import outside_blocks
 from nexusquant.hf.fingerprint import forget
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.profiles import Collector, find_profile, remember_profile
-from nexusquant.hf.uncompiled import plain_model
 from nexusquant.profile import Profile
 from nexusquant.statistics import MIN_DISTINCT, MIN_TOKENS
 
@@ -55,8 +54,7 @@ def calibrate(
         >>> len(profile.layers) == model.config.num_hidden_layers
         True
     """
-    model = plain_model(model)
-    check_model(model)
+    model = checked_model(model)
     forget(model)
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise ConfigError(f"texts must be a list of texts, got {type(texts).__name__}.")

@@ -35,14 +35,20 @@ compacted: weakref.WeakSet[Cache] = weakref.WeakSet()
 """Caches that went through `compact_layers`, whether or not any layer could be compressed."""
 
 
-def check_model(model: nn.Module) -> None:
-    """Raises `UnsupportedError` for what cannot have a compressed cache at all."""
+def checked_model(model: nn.Module) -> PreTrainedModel:
+    """`model`, or the one that is compiled in it.
+
+    Raises:
+        UnsupportedError: it cannot have a compressed cache at all.
+    """
+    model = plain_model(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(f"expected a transformers model, got {type(model).__name__}.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{type(model).__name__} {ENCODER_DECODER}.")
     if why := refusal(type(model), model.config):
         raise UnsupportedError(f"{type(model).__name__} {why}, so there is nothing to compress.")
+    return model
 
 
 def compact_layers(
@@ -108,8 +114,7 @@ def attach(cache: Cache, model: nn.Module) -> None:
     leases = {x.lease.fingerprint for x in layers if x.lease is not None and x.lease.detached}
     if not leases:
         return
-    model = plain_model(model)
-    check_model(model)
+    model = checked_model(model)
     if leases != {fingerprint(model)}:
         raise UnsupportedError(
             "this cache was made with another model: its weights or its config are different."
@@ -227,8 +232,7 @@ class NexusCache(DynamicCache):
         profile: ProfileLike = None,
         **overrides: Any,
     ) -> None:
-        model = plain_model(model)
-        check_model(model)
+        model = checked_model(model)
         self.config = resolve_config(quality, **overrides)
         self._profiles = ProfileBook.of(model, self.config, profile)
         super().__init__(config=text_config(model))

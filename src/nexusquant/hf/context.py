@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from nexusquant.config import CompressionConfig, resolve_config
 from nexusquant.hf.cache import (
     attach,
-    check_model,
+    checked_model,
     compact_layers,
     compacted,
     plain_cache,
@@ -35,7 +35,7 @@ from nexusquant.hf.prepare import starters
 from nexusquant.hf.profiles import ProfileLike
 from nexusquant.hf.run import Run
 from nexusquant.hf.scoring import Scoring, join, obstacle, run_chunks, too_short
-from nexusquant.hf.uncompiled import plain_model, uncompiled
+from nexusquant.hf.uncompiled import uncompiled
 
 _lock = threading.RLock()
 _thread = threading.local()
@@ -195,8 +195,7 @@ def nexusquant_evict(
         >>> print(run.stats)
         0.0... MiB for ... tokens (... kept per head), ...x smaller than fp16, ... bits/element, ...
     """
-    model = plain_model(model)
-    check_model(model)
+    model = checked_model(model)
     config = resolve_config(quality, **overrides)
     run = Run(model, config, profile)
     installation = Installation(model)

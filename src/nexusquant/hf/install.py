@@ -27,7 +27,7 @@ from nexusquant.hf.dispatch import eager_attention, make_dispatcher
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.passes import begin, finish, remember_attention, remember_block
 from nexusquant.hf.prepare import prepare_generation
-from nexusquant.hf.quirks import layer_of
+from nexusquant.hf.quirks import attention_modules
 from nexusquant.hf.uncompiled import UncompiledForward, is_compiled
 
 
@@ -143,12 +143,11 @@ def _hook_attention(model: nn.Module) -> list[Any]:
         model.register_forward_hook(finish, with_kwargs=True, always_call=True),
         *prepare_generation(model),
     ]
-    for name, module in model.named_modules():
-        if "ttention" in type(module).__name__ and layer_of(module) is not None:
-            model_of[module] = weakref.ref(model)
-            handles.append(module.register_forward_pre_hook(remember_attention, with_kwargs=True))
-            parent = model.get_submodule(name.rpartition(".")[0])
-            handles.append(parent.register_forward_pre_hook(remember_block, with_kwargs=True))
+    for name, module in attention_modules(model):
+        model_of[module] = weakref.ref(model)
+        handles.append(module.register_forward_pre_hook(remember_attention, with_kwargs=True))
+        parent = model.get_submodule(name.rpartition(".")[0])
+        handles.append(parent.register_forward_pre_hook(remember_block, with_kwargs=True))
     return handles
 
 

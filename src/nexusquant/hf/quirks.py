@@ -6,7 +6,7 @@ Modules are told apart by the file they come from, such as "modeling_gptj".
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,13 @@ def layer_of(module: nn.Module) -> int | None:
     """The layer of the cache that an attention module uses."""
     index = getattr(module, "layer_idx", getattr(module, "layer_id", None))  # GPT-Neo
     return index if isinstance(index, int) else None
+
+
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Those that use a cache, by name; some are within others (GPT-Neo)."""
+    for name, module in model.named_modules():
+        if "ttention" in type(module).__name__ and layer_of(module) is not None:
+            yield name, module
 
 
 # -- attention modules that get rotary rows but do not apply them (NoPE layers)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nexusquant.errors import ConfigError, UnsupportedError
-from nexusquant.hf.cache import check_model
+from nexusquant.hf.cache import checked_model
+from nexusquant.hf.quirks import attention_modules
 from nexusquant.scorers import ScoreInputs
 
 
@@ -79,12 +80,8 @@ class PressScorer:
                 f"a press must be an object with a method score (a kvpress ScorerPress), got"
                 f" {press!r}. Presses that only prune work with PressedCache."
             )
-        check_model(model)
-        modules = [
-            module
-            for module in model.modules()
-            if "ttention" in type(module).__name__ and hasattr(module, "layer_idx")
-        ]
+        model = checked_model(model)
+        modules = [module for _, module in attention_modules(model)]
         if not modules:
             raise UnsupportedError(
                 f"{type(model).__name__} has no attention modules that know their layer, which"
@@ -138,6 +135,8 @@ class PressScorer:
                 scores: Tensor = self.press.score(
                     module, last["hidden_states"], inputs.keys, inputs.values, None, last
                 )
+        # How presses refuse: they assert that a pass is longer than their window, and those that
+        # need what never exists here are not implemented. The cause stays attached.
         except (AssertionError, NotImplementedError) as error:
             raise UnsupportedError(
                 f"{name} cannot score {inputs.keys.shape[2]} tokens, {tokens} of them new: {error}."
