@@ -89,7 +89,8 @@ def _config(shown: str | Path, where: str | Path, **options: Any) -> PreTrainedC
 
     try:
         return AutoConfig.from_pretrained(where, **options)
-    # As in _from_pretrained: code of others runs here, and the cause stays attached.
+    # Configs, the GGUF reader and remote code raise what they like (OSError, KeyError, errors of
+    # huggingface_hub, ...), not a closed list. Nothing is swallowed: the cause stays attached.
     except Exception as error:
         detail = str(error).strip().splitlines()
         raise LoadError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nexusquant.cli.common import Model
+from nexusquant.cli.common import Model, folder
 from nexusquant.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,11 +34,12 @@ def models(
 
     from nexusquant.cli.record import check_writable, write_json
     from nexusquant.hf.coverage import cover_types
+    from nexusquant.progress import quiet_transformers
 
     if json_file is not None:
         check_writable(json_file)
-    transformers.logging.set_verbosity_error()  # default configs are not all consistent
-    found = {name: cover for name, cover in cover_types().items() if only in name}
+    with quiet_transformers():  # default configs are not all consistent
+        found = {name: cover for name, cover in cover_types().items() if only in name}
     if not found:
         raise ConfigError(f"--only {only}: no causal LM type of this transformers has that name.")
     table = Table("type", "cache", "what is different")
@@ -65,12 +66,14 @@ def doctor(
 
     from nexusquant.cli.record import check_writable, write_json
     from nexusquant.hf.coverage import cover
-    from nexusquant.loading import demo_model, load_config
+    from nexusquant.loading import load_config
+    from nexusquant.progress import progress_steps, quiet_transformers
 
     if json_file is not None:
         check_writable(json_file)
     budget = parse_bytes(memory)
-    coverage = cover(load_config(demo_model() if model == "demo" else model))
+    with quiet_transformers(), progress_steps() as progress:
+        coverage = cover(load_config(folder(model, progress)))
     console = Console()
     for line in _summary(model, coverage):
         console.print(line, markup=False, highlight=False)

@@ -10,6 +10,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -63,6 +64,11 @@ _NOTES: dict[str, str] = {
     "DeepseekV4HCACache": "the model compresses its cache itself",
     "MiniMaxM3VLSparseCacheLayer": "attention looks tokens up by block",
 }
+
+
+_UNFIT = (StrictDataclassError, AttributeError, ImportError, KeyError, TypeError, ValueError)
+"""What transformers raises for configs that lack something, contradict themselves or need a package
+that is not there."""
 
 
 @dataclass(frozen=True)
@@ -143,16 +149,12 @@ def cover(config: Any) -> Coverage:
             refused.
     """
     try:
-        return _cover(config)
-    # Configs check themselves in their models' own ways.
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
-        return Coverage(config.model_type, (), f"cannot be told from its config ({reason})")
-
-
-def _cover(config: Any) -> Coverage:
-    refused = _refusal(config)
-    text = config.get_text_config(decoder=True)
+        refused = _refusal(config)  # first: models, once imported, register layers of their own
+        text = config.get_text_config(decoder=True)
+        stock = DynamicCache(config=text).layers
+    except _UNFIT as error:
+        reason = f"cannot be told from its config ({_first_line(error)})"
+        return Coverage(config.model_type, (), reason)
     positions = getattr(text, "max_position_embeddings", None)
     if refused:
         return Coverage(config.model_type, (), refused, positions)
@@ -162,7 +164,7 @@ def _cover(config: Any) -> Coverage:
         LayerCoverage("cross", EXACT, "cross-attention")
         if i in crossed
         else _layer(layer, config.model_type, text.model_type, own[i] if own else text)
-        for i, layer in enumerate(DynamicCache(config=text).layers)
+        for i, layer in enumerate(stock)
     )
     return Coverage(config.model_type, layers, "", positions)
 
@@ -178,10 +180,14 @@ def cover_types() -> dict[str, Coverage]:
 def _by_default(model_type: str) -> Coverage:
     try:
         config = CONFIG_MAPPING[model_type]()
-    except Exception as error:  # as above
-        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
-        return Coverage(model_type, (), f"has no default config to tell from ({reason})")
+    except _UNFIT as error:
+        reason = f"has no default config to tell from ({_first_line(error)})"
+        return Coverage(model_type, (), reason)
     return cover(config)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), repr(error))
 
 
 def cross_attention(config: Any) -> tuple[int, ...]:
