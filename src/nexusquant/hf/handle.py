@@ -55,9 +55,8 @@ class KVHandle(torch.Tensor):
     def __init__(self, *_: Any) -> None:
         super().__init__()
 
-    # torch.Tensor's stub has the keyword tensor_contents; a handle has no contents to be given, and
-    # accepting any keyword is wider at run time, which mypy does not see.
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+    # mypy forgets the names of a dunder's parameters: not even torch's own signature matches it.
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"KVHandle({'KV'[self.which]}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @property
@@ -275,6 +274,7 @@ def _scaled_dot_product(
     if running is None:
         return stock(None, query, key, value, attn_mask)[0].transpose(1, 2)
     output, _ = nexus_attention(
-        stock, running[0], query, key.snapshot, attn_mask, scaling=scale, dropout=dropout_p
-    )
+        stock, running[0], query, key.snapshot, attn_mask, scaling=scale, dropout=dropout_p,
+        is_causal=is_causal,
+    )  # fmt: skip
     return output.transpose(1, 2)

@@ -161,7 +161,7 @@ class CompactHybridLayer(LinearStateLayer, CompactLayer, _Hybrid):
         return self._attention.check_crop(self, tokens_to_remove)
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]  # a property of stock states
+    def is_croppable(self) -> bool:
         """Whether the state is."""
         return bool(STOCK_LINEAR.is_croppable.fget(self))
 

@@ -50,7 +50,6 @@ class CompactLayer(BatchOperations, Rollback, LogicalSizes, CacheLayerMixin):
 
     is_compileable = False
     is_sliding = False
-    is_croppable = True
     supports_early_init = False
     stores_tokens = True
 

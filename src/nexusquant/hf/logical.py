@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor
 
 from nexusquant.hf.handle import KVHandle
@@ -10,15 +12,16 @@ from nexusquant.hf.tail import Tail
 from nexusquant.hf.uncompiled import uncompiled
 
 
-class LogicalSizes:
+class LogicalSizes(ABC):
     """The part of a compact layer that positions and masks are built from."""
 
     length: int
     is_initialized: bool
     tail: Tail | None
 
+    @abstractmethod
     def _snapshot(self, tail: Tail, new: int, first_column: int) -> Snapshot:
-        raise NotImplementedError
+        """The layer with `tail`, of which `new` tokens are of this call."""
 
     @uncompiled
     def get_seq_length(self) -> int:

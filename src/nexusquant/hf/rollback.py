@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 
 from nexusquant.errors import UnsupportedError
@@ -10,7 +12,7 @@ from nexusquant.hf.rope_tables import LayerRope
 from nexusquant.hf.tail import Call, Tail
 
 
-class Rollback:
+class Rollback(ABC):
     """The part of a compact layer that removes tokens from its end."""
 
     device: torch.device
@@ -22,8 +24,14 @@ class Rollback:
     tail: Tail | None
     rope: LayerRope | None
 
+    @abstractmethod
     def _compress(self, call: Call) -> None:
-        raise NotImplementedError
+        """Code the tail as far as `call` is about it."""
+
+    @property
+    def is_croppable(self) -> bool:
+        """Always, as far as `check_crop` lets it."""
+        return True
 
     def take_back(self, count: int) -> None:
         """Remove the last `count` tail tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -149,12 +150,13 @@ class _PressedLayer(CompactLayer):
         """(batch, kv_heads, tokens) bool: what the press wants to be hidden from attention."""
         masked = torch.zeros_like(like)
         model = self.lease.model if self.lease is not None else None
-        for module in model.modules() if model is not None else ():
+        modules: Iterable[Any] = model.modules() if model is not None else ()
+        for module in modules:
             hidden = getattr(module, "masked_key_indices", None)
             if hidden is not None and getattr(module, "layer_idx", None) == self.layer_idx:
                 masked[tuple(index.to(masked.device) for index in hidden)] = True
                 # These tokens will be gone, so there is nothing left for kvpress to hide.
-                module.masked_key_indices = None  # type: ignore[assignment]
+                module.masked_key_indices = None
         return masked
 
     def _drop(self, kept: Tensor) -> None:
