@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,16 +112,11 @@ def no_home() -> Path:
     raise RuntimeError("Could not determine home directory.")
 
 
-@pytest.mark.skipif(
-    os.geteuid() == 0, reason="file permissions do not bind root: the write would succeed"
-)
-def test_a_directory_without_permission(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(ProfileError, match="cannot write"):
-            save_profile(profile(), tmp_path / "p")
-    finally:
-        tmp_path.chmod(0o700)
+def test_a_directory_in_the_place_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    with pytest.raises(ProfileError, match="cannot write the profile"):
+        save_profile(profile(), tmp_path / "p")
+    assert [path.name for path in tmp_path.iterdir()] == ["p"], "no temporary file is left"
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)

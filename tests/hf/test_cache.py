@@ -24,10 +24,7 @@ from tests.hf.models import (
     prompt,
     tiny,
 )
-
-EXACT = CompressionConfig(codec="exact", residual_length=8)
-CODED = CompressionConfig(residual_length=8, recent=4)
-HALF = CODED.replace(evict_ratio=0.5)
+from tests.hf.situation_cases import CODED, CODES, EXACT, FULL_AND_SLIDING, HALF
 
 
 @pytest.mark.parametrize("step", [1, 7, 20])
@@ -53,7 +50,7 @@ def test_generate_with_prefill_chunk_size_equals_stock(kind: str) -> None:
     assert_same_run(ours, stock)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@FULL_AND_SLIDING
 def test_every_prefill_chunk_is_evicted(kind: str) -> None:
     model = tiny(kind)
     cache = NexusCache(model, HALF)
@@ -140,7 +137,7 @@ def test_bits_are_cheap_where_few_tokens_are_held(
             assert mean(bits for head in quantizer.layout.rates for bits in head) == rate
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@FULL_AND_SLIDING
 def test_eviction_with_exact_codec_equals_attention_with_a_per_head_mask(kind: str) -> None:
     """Oracle: the stock model whose dense mask hides, per KV head, exactly what was evicted."""
     model = tiny(kind, "eager")
@@ -230,7 +227,7 @@ def feed_more(model: Any, cache: Any, mask: Tensor, tokens: int) -> Tensor:
     return model(ids, attention_mask=padded(mask, tokens), past_key_values=cache).logits
 
 
-@pytest.mark.parametrize("settings", [CODED, HALF], ids=["all", "half"])
+@CODES
 def test_batch_operations_on_codes_equal_the_same_rows(settings: CompressionConfig) -> None:
     """repeat, reorder and select give what compressing those rows in that order gives."""
     model = tiny("gemma3")

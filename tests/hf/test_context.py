@@ -14,13 +14,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from nexusquant import CompressionConfig, NexusCache, NexusQuantError, nexusquant_evict
+from nexusquant import NexusCache, NexusQuantError, nexusquant_evict
 from nexusquant.hf.layer import CompactLayer
 from tests.hf.models import assert_same_run, generate, prompt, tiny
+from tests.hf.situation_cases import EXACT, HALF
 from tests.hf.state import State
-
-EXACT = CompressionConfig(codec="exact", residual_length=8)
-HALF = CompressionConfig(evict_ratio=0.5, residual_length=8, recent=4)
 
 
 def test_fifty_rounds(model: Any) -> None:

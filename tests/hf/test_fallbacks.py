@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from nexusquant import (
-    CompressionConfig,
     ConfigError,
     NexusCache,
     NonFiniteError,
@@ -29,8 +28,8 @@ from nexusquant import (
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import NexusQuantWarning
 from tests.hf.models import assert_same_run, generate, prompt, tiny
+from tests.hf.situation_cases import EXACT
 
-EXACT = CompressionConfig(codec="exact", residual_length=8)
 SMALL = {"vocab_size": 96, "d_model": 32, "num_layers": 1}
 
 

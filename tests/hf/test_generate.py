@@ -18,9 +18,8 @@ from tests.hf.models import (
     step_logits,
     tiny,
 )
+from tests.hf.situation_cases import CODED, CODES, EXACT, FULL_AND_SLIDING
 
-EXACT = CompressionConfig(codec="exact", residual_length=8)
-CODED = CompressionConfig(residual_length=8, recent=4)
 LENGTHS = [41, 12, 29, 36]
 
 
@@ -39,7 +38,7 @@ def test_left_padded_batch_with_exact_codec_equals_stock_and_single_rows(
     assert_rows_equal_alone(model, ids, LENGTHS, EXACT, ours)
 
 
-@pytest.mark.parametrize("settings", [CODED, CODED.replace(evict_ratio=0.5)], ids=["all", "half"])
+@CODES
 @pytest.mark.parametrize("kind", KINDS)
 def test_left_padded_rows_are_coded_as_if_alone(kind: str, settings: CompressionConfig) -> None:
     # Bits in a window follow from the longest row: none is longer than this one.
@@ -88,7 +87,7 @@ def test_turns_inside_the_block_continue_the_returned_cache() -> None:
         ids = torch.cat([stock.sequences, prompt(10, seed=turn)], 1)
 
 
-@pytest.mark.parametrize("settings", [CODED, CODED.replace(evict_ratio=0.5)], ids=["all", "half"])
+@CODES
 def test_every_turn_is_evicted(settings: CompressionConfig) -> None:
     """Turns that reach `residual_length` are evicted like the first prompt."""
     model = tiny("llama")
@@ -134,7 +133,7 @@ def test_reordered_codes_go_on_as_if_never_reordered() -> None:
     assert_same_run(mine, theirs)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@FULL_AND_SLIDING
 def test_sampling_several_sequences_equals_stock(kind: str) -> None:
     model = tiny(kind)
     ids, mask = left_padded([33, 20])
@@ -148,7 +147,7 @@ def test_sampling_several_sequences_equals_stock(kind: str) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 34, 4000])
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@FULL_AND_SLIDING
 def test_short_and_long_prompts(kind: str, length: int) -> None:
     model = tiny(kind)
     ids = prompt(length)
@@ -165,7 +164,7 @@ def test_short_and_long_prompts(kind: str, length: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@FULL_AND_SLIDING
 def test_other_dtypes_stay_within_their_own_rounding(
     kind: str, attention: str, dtype: torch.dtype
 ) -> None:

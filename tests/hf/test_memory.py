@@ -14,11 +14,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from nexusquant import CompressionConfig, NexusCache
+from nexusquant import NexusCache
 from nexusquant.hf.handle import KVHandle
 from tests.hf.models import KINDS, WINDOW, generate, left_padded, prompt, tiny
-
-CODED = CompressionConfig(residual_length=8, recent=4)
+from tests.hf.situation_cases import CODED
 
 
 def reachable(root: Any) -> Iterator[Tensor]:

@@ -18,6 +18,7 @@ from nexusquant.statistics import MIN_TOKENS
 from nexusquant.tokens import CodedTokens
 from tests.hf.models import feed, generate, left_padded, prompt, tiny
 from tests.hf.test_memory import walked_bytes
+from tests.hf.together import together
 
 LONG = 530
 
@@ -224,27 +225,15 @@ def test_a_pass_that_fails_half_way_leaves_no_profile(failure: type[BaseExceptio
 
 def test_two_threads_agree_on_one_profile() -> None:
     model = tiny()
-    gate = threading.Barrier(2, timeout=60)
-    caches: list[NexusCache] = []
-    errors: list[BaseException] = []
 
-    def work(seed: int) -> None:
-        try:
-            cache = NexusCache(model)
-            gate.wait()
-            feed(model, cache, prompt(LONG, seed=seed), LONG)
-            gate.wait()
-            caches.append(cache)
-        except BaseException as error:
-            errors.append(error)
-            gate.abort()
+    def work(seed: int, gate: threading.Barrier) -> NexusCache:
+        cache = NexusCache(model)
+        gate.wait()
+        feed(model, cache, prompt(LONG, seed=seed), LONG)
+        gate.wait()
+        return cache
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    caches = together(work, (1, 2))
     for cache in caches:
         assert cache.profile is not None
         assert list(cache.profile.layers) == [0, 1, 2]

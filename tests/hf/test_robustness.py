@@ -23,13 +23,7 @@ from tests.hf.models import (
     step_logits,
     tiny,
 )
-
-EXACT = CompressionConfig(codec="exact", residual_length=8)
-CODED = CompressionConfig(residual_length=8, recent=4)
-HALF = CODED.replace(evict_ratio=0.5)
-SETTINGS = pytest.mark.parametrize("settings", [EXACT, CODED, HALF], ids=["exact", "all", "half"])
-CODES = pytest.mark.parametrize("settings", [CODED, HALF], ids=["all", "half"])
-KINDS = pytest.mark.parametrize("kind", ["llama", "gemma3"])
+from tests.hf.situation_cases import CODED, CODES, EXACT, FULL_AND_SLIDING, HALF, SETTINGS
 
 
 def twins(model: Any, settings: CompressionConfig, first: int = 40) -> tuple[NexusCache, ...]:
@@ -67,10 +61,15 @@ def test_bad_weights_are_named_and_the_cache_goes_on_without(
     parameter.data[3] = bad
     parts = prompt(20, seed=5).split(step, 1)
     length = 0
-    with pytest.raises(NonFiniteError, match="layer 1"):  # noqa: PT012 - until it is noticed
+
+    def feed_until_it_is_noticed() -> None:
+        nonlocal length
         for part in parts:
             feed(model, broken, part, step)
             length += step
+
+    with pytest.raises(NonFiniteError, match="layer 1"):
+        feed_until_it_is_noticed()
     parameter.data.copy_(good)
     assert broken.get_seq_length() == first + length
     assert len({layer.get_seq_length() for layer in broken.layers}) == 1
@@ -129,7 +128,7 @@ def test_rows_of_nothing_but_padding_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("quality", sorted(PRESETS))
-@KINDS
+@FULL_AND_SLIDING
 def test_one_token_then_seventy(kind: str, quality: str) -> None:
     model = tiny(kind)
     cache = NexusCache(model, quality)
@@ -157,7 +156,7 @@ def test_one_token_again_and_again_can_be_coded(share: float, step: int) -> None
         assert stock.isfinite().all()
 
 
-@KINDS
+@FULL_AND_SLIDING
 def test_a_rope_model_beyond_its_positions_is_as_stock(kind: str) -> None:
     model = tiny(kind, max_position_embeddings=64)
     stock = generate(model, prompt(100), 12)

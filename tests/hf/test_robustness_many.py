@@ -13,12 +13,12 @@ from torch import Tensor
 
 from nexusquant import CompressionConfig, NexusCache, nexusquant_evict
 from tests.hf.models import ATTENTIONS, assert_same_run, feed, generate, prompt, tiny
+from tests.hf.situation_cases import CODED, EXACT, HALF
 from tests.hf.state import State
+from tests.hf.together import together
 
-CODED = CompressionConfig(residual_length=8, recent=4)
-HALF = CODED.replace(evict_ratio=0.5)
 EIGHT = [
-    CompressionConfig(codec="exact", residual_length=8),
+    EXACT,
     CODED,
     HALF,
     HALF.replace(scorer="snapkv"),
@@ -33,43 +33,24 @@ EIGHT = [
 def test_eight_threads_share_a_model(attention: str) -> None:
     model = tiny("llama", attention)
 
-    def turns(settings: CompressionConfig, gate: threading.Barrier | None) -> list[Any]:
+    def turns(settings: CompressionConfig, gate: threading.Barrier) -> list[Any]:
         outputs: list[Any] = []
         with nexusquant_evict(model, settings) as run:
             for length in (60, 1, 33):
-                if gate is not None:
-                    gate.wait()
+                gate.wait()
                 outputs.append(generate(model, prompt(length, seed=length), 12))
             past = outputs[0].past_key_values
             ids = torch.cat([outputs[0].sequences, prompt(20)], 1)
             outputs.append(generate(model, ids, 12, past_key_values=past))
             outputs.append(run.stats)
-            if gate is not None:
-                gate.wait()
+            gate.wait()
         return outputs
 
-    expected = [turns(settings, None) for settings in EIGHT]
-    found: dict[int, list[Any]] = {}
-    errors: list[BaseException] = []
-    gate = threading.Barrier(len(EIGHT), timeout=60)
-
-    def work(index: int) -> None:
-        try:
-            found[index] = turns(EIGHT[index], gate)
-        except BaseException as error:
-            errors.append(error)
-            gate.abort()
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(EIGHT))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    for index, alone in enumerate(expected):
-        for ours, single in zip(found[index][:-1], alone[:-1], strict=True):
+    expected = [turns(settings, threading.Barrier(1)) for settings in EIGHT]
+    for found, alone in zip(together(turns, EIGHT), expected, strict=True):
+        for ours, single in zip(found[:-1], alone[:-1], strict=True):
             assert_same_run(ours, single, 0)
-        assert found[index][-1] == alone[-1]
+        assert found[-1] == alone[-1]
     assert len({stats[-1].nbytes for stats in expected}) >= 6, "they do differ"
 
 

@@ -8,13 +8,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from nexusquant import CompressionConfig, NexusCache, UnsupportedError, nexusquant_evict
+from nexusquant import NexusCache, UnsupportedError, nexusquant_evict
 from tests.chunks import body_slots
 from tests.hf.models import feed, generate, prompt, step_logits, tiny
-
-EXACT = CompressionConfig(codec="exact", residual_length=8)
-CODED = CompressionConfig(residual_length=8, recent=4)
-HALF = CODED.replace(evict_ratio=0.5)
+from tests.hf.situation_cases import CODED, EXACT, FULL_AND_SLIDING, HALF
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
@@ -83,7 +80,7 @@ def test_crop_of_coded_tokens_is_refused_and_changes_nothing() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@FULL_AND_SLIDING
 def test_prompt_lookup_equals_greedy(kind: str) -> None:
     model = tiny(kind)
     ids = prompt(12).repeat(1, 4)  # repetition gives the lookup something to find
@@ -94,7 +91,7 @@ def test_prompt_lookup_equals_greedy(kind: str) -> None:
         assert torch.equal(ours.sequences, stock.sequences)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@FULL_AND_SLIDING
 def test_assisted_decoding_equals_greedy(kind: str) -> None:
     model, assistant = tiny(kind), tiny(kind, seed=7)
     ids = prompt(40)

@@ -14,10 +14,10 @@ from nexusquant import CompressionConfig, NexusCache
 from nexusquant.hf.quirks import RotaryCall
 from nexusquant.hf.rope_tables import RopeBook, rotary_frequencies
 from tests.hf.models import assert_same_run, generate, left_padded, prompt, step_logits, tiny
+from tests.hf.situation_cases import CODED
 
 # Everything waits, uncoded, with its rows; RoPE is removed altogether.
 KEEP = CompressionConfig(residual_length=100_000, rope_page=1)
-CODED = CompressionConfig(residual_length=8, recent=4)
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

@@ -11,8 +11,7 @@ from torch import Tensor
 from nexusquant import CompressionConfig, nexusquant_evict
 from nexusquant.hf.notices import NexusQuantWarning
 from tests.hf.models import ATTENTIONS, left_padded, prompt, tiny
-
-EXACT = CompressionConfig(codec="exact", residual_length=8)
+from tests.hf.situation_cases import EXACT
 
 
 def stock_and_ours(

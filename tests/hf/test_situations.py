@@ -10,18 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import TextIteratorStreamer, pipeline, set_seed
+from transformers import TextIteratorStreamer, cache_utils, pipeline, set_seed
 
 from nexusquant import CompressionConfig, NexusCache, nexusquant_evict
 from nexusquant.hf.notices import NexusQuantWarning
 from tests.hf.models import assert_same_run, feed, generate, left_padded, prompt, step_logits, tiny
+from tests.hf.situation_cases import CODES, EXACT, FULL_AND_SLIDING, HALF, SETTINGS
 from tests.tiny_checkpoint import tiny_model, tiny_tokenizer
-
-EXACT = CompressionConfig(codec="exact", residual_length=8)
-CODED = CompressionConfig(residual_length=8, recent=4)
-HALF = CODED.replace(evict_ratio=0.5)
-SETTINGS = pytest.mark.parametrize("settings", [EXACT, CODED, HALF], ids=["exact", "all", "half"])
-KINDS = pytest.mark.parametrize("kind", ["llama", "gemma3"])
 
 
 @torch.no_grad()
@@ -37,7 +32,7 @@ def by_hand(model: Any, cache: Any, ids: Tensor, new: int) -> tuple[Tensor, Tens
 
 
 @SETTINGS
-@KINDS
+@FULL_AND_SLIDING
 def test_a_loop_of_ones_own_equals_generate(kind: str, settings: CompressionConfig) -> None:
     model = tiny(kind)
     cache = NexusCache(model, settings)
@@ -53,7 +48,7 @@ def test_a_loop_of_ones_own_equals_generate(kind: str, settings: CompressionConf
     torch.testing.assert_close(output.logits[:, -1], logits[:, -1], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [CODED, HALF], ids=["all", "half"])
+@CODES
 def test_sampled_sequences_with_codes_equal_the_repeated_prompt(
     settings: CompressionConfig,
 ) -> None:
@@ -73,8 +68,8 @@ def test_sampled_sequences_with_codes_equal_the_repeated_prompt(
     assert_same_run(ours, again)
 
 
-@pytest.mark.parametrize("settings", [CODED, HALF], ids=["all", "half"])
-@KINDS
+@CODES
+@FULL_AND_SLIDING
 def test_beams_with_codes_score_as_each_sequence_fed_alone(
     kind: str, settings: CompressionConfig
 ) -> None:
@@ -112,7 +107,7 @@ def contrastive(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
 
 
 @torch.no_grad()
-@KINDS
+@FULL_AND_SLIDING
 def test_contrastive_search_equals_stock_and_rows_alone(kind: str) -> None:
     model = tiny(kind)
     ids = prompt(30, batch=2)
@@ -136,21 +131,25 @@ def test_contrastive_search_equals_stock_and_rows_alone(kind: str) -> None:
         {"cache_implementation": "offloaded"},
         {"cache_implementation": "quantized"},
     ],
-    ids=lambda mode: next(reversed(mode)),
+    ids=lambda mode: "-".join(map(str, next(reversed(mode.items())))),
 )
-def test_what_stock_refuses_is_refused_with_the_same_words(mode: dict[str, Any]) -> None:
+def test_what_stock_refuses_is_refused_with_the_same_words(
+    mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_gpu(*_: Any) -> None:
+        raise RuntimeError("no GPU")
+
+    # As on any machine without a GPU and without optimum-quanto.
+    monkeypatch.setattr(torch.cuda, "default_stream", no_gpu)
+    monkeypatch.setattr(cache_utils, "is_optimum_quanto_available", lambda: False)
     model = tiny()
-    try:
+    with pytest.raises((ValueError, RuntimeError, ImportError)) as stock:
         generate(model, prompt(20), 4, **mode)
-    except Exception as error:
-        stock = error
-    else:
-        pytest.skip("this machine and version of transformers can do it")
     with warnings.catch_warnings(), nexusquant_evict(model, HALF):
         warnings.simplefilter("ignore", NexusQuantWarning)
-        with pytest.raises(type(stock)) as ours:
+        with pytest.raises(stock.type) as ours:
             generate(model, prompt(20), 4, **mode)
-    assert str(ours.value) == str(stock)
+    assert str(ours.value) == str(stock.value)
 
 
 @pytest.mark.parametrize("negative", [None, 35], ids=["last_token", "negative_prompt"])
@@ -173,7 +172,7 @@ def test_guidance_equals_stock_and_compresses_both_sides(negative: int | None) -
     assert_same_run(own, stock)
 
 
-@KINDS
+@FULL_AND_SLIDING
 def test_five_turns_go_on_as_a_copy_does(kind: str) -> None:
     """The returned cache, turn after turn; and it stays smaller."""
     model, ids, past, length = tiny(kind), prompt(30), None, 0
@@ -206,7 +205,7 @@ def test_tuples_are_returned_as_ever() -> None:
 
 
 @SETTINGS
-@KINDS
+@FULL_AND_SLIDING
 def test_embeddings_as_prompt_equal_ids_as_prompt(kind: str, settings: CompressionConfig) -> None:
     model = tiny(kind)
     ids, mask = left_padded([41, 30])

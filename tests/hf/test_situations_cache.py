@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from nexusquant import CompressionConfig, NexusCache, UnsupportedError, nexusquant_evict
 from tests.hf.models import (
@@ -22,29 +21,22 @@ from tests.hf.models import (
     step_logits,
     tiny,
 )
-
-EXACT = CompressionConfig(codec="exact", residual_length=8)
-CODED = CompressionConfig(residual_length=8, recent=4)
-HALF = CODED.replace(evict_ratio=0.5)
-SETTINGS = pytest.mark.parametrize("settings", [EXACT, CODED, HALF], ids=["exact", "all", "half"])
-CODES = pytest.mark.parametrize("settings", [CODED, HALF], ids=["all", "half"])
-KINDS = pytest.mark.parametrize("kind", ["llama", "gemma3"])
-
-
-def close(ours: Tensor, stock: Tensor, tolerance: float = 1e-4) -> None:
-    torch.testing.assert_close(ours, stock, rtol=0, atol=tolerance)
-
-
-def pair(model: Any, settings: CompressionConfig = EXACT) -> tuple[NexusCache, DynamicCache]:
-    """Ours and stock."""
-    return NexusCache(model, settings), DynamicCache(config=model.config)
-
+from tests.hf.situation_cases import (
+    CODED,
+    CODES,
+    EXACT,
+    FULL_AND_SLIDING,
+    HALF,
+    SETTINGS,
+    close,
+    pair,
+)
 
 # -- copies
 
 
 @SETTINGS
-@KINDS
+@FULL_AND_SLIDING
 def test_deep_copies_before_between_and_after_turns(kind: str, settings: Any) -> None:
     model = tiny(kind)
     copies = [NexusCache(model, settings)]
@@ -92,7 +84,7 @@ def test_a_copy_of_a_cache_that_a_block_made(inside: bool) -> None:
 # -- cropping
 
 
-@KINDS
+@FULL_AND_SLIDING
 def test_the_uncoded_tail_can_be_cropped(kind: str) -> None:
     """As if what was taken back had never been there, also in the codes made later."""
     model = tiny(kind, **({"sliding_window": 100} if kind == "gemma3" else {}))
@@ -145,7 +137,7 @@ def test_a_refused_crop_changes_nothing_in_any_layer() -> None:
 
 
 @CODES
-@KINDS
+@FULL_AND_SLIDING
 def test_generate_on_rows_rearranged_by_hand(kind: str, settings: Any) -> None:
     model = tiny(kind)
     ids, mask = left_padded([40, 26])
@@ -193,7 +185,7 @@ def test_a_row_of_one_token_among_padding(settings: CompressionConfig) -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@KINDS
+@FULL_AND_SLIDING
 def test_right_padding_equals_stock_and_rows_alone(kind: str, attention: str) -> None:
     model = tiny(kind, attention, **({"sliding_window": 64} if kind == "gemma3" else {}))
     lengths = torch.tensor([30, 17])
@@ -221,7 +213,7 @@ def test_right_padding_equals_stock_and_rows_alone(kind: str, attention: str) ->
 
 
 @SETTINGS
-@KINDS
+@FULL_AND_SLIDING
 def test_a_mask_given_late_changes_nothing(kind: str, settings: CompressionConfig) -> None:
     model = tiny(kind)
     cache, without = NexusCache(model, settings), NexusCache(model, settings)
@@ -235,7 +227,7 @@ def test_a_mask_given_late_changes_nothing(kind: str, settings: CompressionConfi
         close(ours, feed(model, without, ids[:, begin:stop], 20), 1e-5)
 
 
-@KINDS
+@FULL_AND_SLIDING
 def test_positions_from_seven_on(kind: str) -> None:
     model = tiny(kind)
     shifted = {"position_ids": torch.arange(7, 47)[None]}

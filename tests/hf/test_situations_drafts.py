@@ -10,11 +10,8 @@ from transformers import DynamicCache
 
 from nexusquant import CompressionConfig, NexusCache, nexusquant_evict
 from tests.hf.models import assert_same_run, feed, generate, prompt, tiny
+from tests.hf.situation_cases import CODED, CODES, EXACT, FULL_AND_SLIDING
 
-EXACT = CompressionConfig(codec="exact", residual_length=8)
-CODED = CompressionConfig(residual_length=8, recent=4)
-HALF = CODED.replace(evict_ratio=0.5)
-KINDS = pytest.mark.parametrize("kind", ["llama", "gemma3"])
 DRAFTS = pytest.mark.parametrize("draft", ["lookup", "assistant"])
 
 
@@ -32,7 +29,7 @@ def drafting(draft: str, kind: str) -> dict[str, Any]:
 
 @DRAFTS
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
-@KINDS
+@FULL_AND_SLIDING
 def test_drafts_behind_codes_equal_greedy_decoding(kind: str, ratio: float, draft: str) -> None:
     """As long as the first draft is wrong and no block fills: those are cut elsewhere."""
     model, ids = tiny(kind), prompt(12).repeat(1, 4)
@@ -52,7 +49,7 @@ def test_drafts_behind_codes_equal_greedy_decoding(kind: str, ratio: float, draf
 
 
 @pytest.mark.parametrize("seed", [1, 3])
-@pytest.mark.parametrize("settings", [CODED, HALF], ids=["all", "half"])
+@CODES
 def test_what_was_taken_back_leaves_no_trace_in_the_codes(
     settings: CompressionConfig, seed: int
 ) -> None:
@@ -67,7 +64,7 @@ def test_what_was_taken_back_leaves_no_trace_in_the_codes(
 
 
 @DRAFTS
-@KINDS
+@FULL_AND_SLIDING
 def test_drafts_behind_a_prefilled_cache_equal_stock(kind: str, draft: str) -> None:
     """Which reads the whole prompt again (transformers 5.23)."""
     model, ids = tiny(kind), prompt(12).repeat(1, 4)

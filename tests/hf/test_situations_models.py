@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from nexusquant import CompressionConfig, NexusCache, UnsupportedError, nexusquant_evict
 from tests.hf.models import (
@@ -26,23 +25,16 @@ from tests.hf.models import (
     step_logits,
     tiny,
 )
-
-EXACT = CompressionConfig(codec="exact", residual_length=8)
-CODED = CompressionConfig(residual_length=8, recent=4)
-HALF = CODED.replace(evict_ratio=0.5)
-SETTINGS = pytest.mark.parametrize("settings", [EXACT, CODED, HALF], ids=["exact", "all", "half"])
-CODES = pytest.mark.parametrize("settings", [CODED, HALF], ids=["all", "half"])
-KINDS = pytest.mark.parametrize("kind", ["llama", "gemma3"])
-
-
-def close(ours: Tensor, stock: Tensor, tolerance: float = 1e-4) -> None:
-    torch.testing.assert_close(ours, stock, rtol=0, atol=tolerance)
-
-
-def pair(model: Any, settings: CompressionConfig = EXACT) -> tuple[NexusCache, DynamicCache]:
-    """Ours and stock."""
-    return NexusCache(model, settings), DynamicCache(config=model.config)
-
+from tests.hf.situation_cases import (
+    CODED,
+    CODES,
+    EXACT,
+    FULL_AND_SLIDING,
+    HALF,
+    SETTINGS,
+    close,
+    pair,
+)
 
 # -- modes of PyTorch
 
@@ -97,7 +89,7 @@ def test_inference_mode_then_no_grad_then_gradients_on_one_cache() -> None:
 
 
 @SETTINGS
-@KINDS
+@FULL_AND_SLIDING
 def test_a_loop_that_forgot_no_grad(kind: str, settings: CompressionConfig) -> None:
     model = tiny(kind)
     cache, plain = NexusCache(model, settings), NexusCache(model, settings)
@@ -119,7 +111,7 @@ def test_gradient_checkpointing_is_of_no_account_in_eval_mode() -> None:
     assert run.stats.compressed_layers == 3
 
 
-@KINDS
+@FULL_AND_SLIDING
 def test_autocast_with_exact_codec_stays_within_its_rounding(kind: str) -> None:
     model, ids = tiny(kind), prompt(60)
     cache, stock = pair(model)
@@ -132,7 +124,7 @@ def test_autocast_with_exact_codec_stays_within_its_rounding(kind: str) -> None:
 
 
 @pytest.mark.parametrize("codec", ["exact", "e8"])
-@KINDS
+@FULL_AND_SLIDING
 def test_autocast_with_codes_and_eviction(kind: str, codec: str) -> None:
     model = tiny(kind)
     cache = NexusCache(model, HALF, codec=codec)
@@ -141,7 +133,7 @@ def test_autocast_with_codes_and_eviction(kind: str, codec: str) -> None:
     assert step_logits(coded).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@FULL_AND_SLIDING
 def test_autocast_around_a_cache_changes_no_arithmetic_of_ours(kind: str) -> None:
     """Keys and values in bf16 either way; the codes must not be coarser for it."""
     model = tiny(kind).to(torch.bfloat16)
@@ -250,7 +242,7 @@ def test_offloaded_weights(how: str, tmp_path: Path) -> None:
 
 
 @SETTINGS
-@KINDS
+@FULL_AND_SLIDING
 def test_the_inner_model_with_a_cache(kind: str, settings: CompressionConfig) -> None:
     model = tiny(kind)
     caches = NexusCache(model, settings), NexusCache(model, settings)

@@ -7,38 +7,24 @@ from typing import Any
 
 from transformers import TextIteratorStreamer
 
-from nexusquant import CompressionConfig, nexusquant_evict
+from nexusquant import nexusquant_evict
 from tests.hf.models import assert_same_run, generate, prompt
-
-EXACT = CompressionConfig(codec="exact", residual_length=8)
-HALF = CompressionConfig(evict_ratio=0.5, residual_length=8, recent=4)
+from tests.hf.situation_cases import EXACT, HALF
+from tests.hf.together import together
 
 
 def test_two_threads_with_settings_of_their_own(model: Any) -> None:
-    gate = threading.Barrier(2, timeout=60)
-    kept: dict[float, float] = {}
-    errors: list[BaseException] = []
+    def work(ratio: float, gate: threading.Barrier) -> float:
+        with nexusquant_evict(model, HALF.replace(evict_ratio=ratio)) as run:
+            gate.wait()  # both are inside
+            for _ in range(3):
+                generate(model, prompt(100), 3)
+                gate.wait()
+            kept = run.stats.kept_tokens
+            gate.wait()  # neither leaves before the other is done
+        return kept
 
-    def work(ratio: float) -> None:
-        try:
-            with nexusquant_evict(model, HALF.replace(evict_ratio=ratio)) as run:
-                gate.wait()  # both are inside
-                for _ in range(3):
-                    generate(model, prompt(100), 3)
-                    gate.wait()
-                kept[ratio] = run.stats.kept_tokens
-                gate.wait()  # neither leaves before the other is done
-        except BaseException as error:
-            errors.append(error)
-            gate.abort()
-
-    threads = [threading.Thread(target=work, args=(ratio,)) for ratio in (0.2, 0.7)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert kept == {0.2: 82, 0.7: 32}
+    assert together(work, (0.2, 0.7)) == [82, 32]
 
 
 def test_a_worker_started_inside_the_block_is_compressed(model: Any) -> None:
