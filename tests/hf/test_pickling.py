@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from nexusquant import NexusCache, UnsupportedError, attach, nexusquant_evict
 from tests.hf.models import generate, prompt, tiny
-from tests.zoo.builders import build, quiet
+from tests.zoo.builders import build
 
 
 @torch.no_grad()
@@ -44,8 +44,7 @@ def test_an_attached_cache_goes_on_as_the_first(kind: str, tokens: int, quality:
 
 
 def test_a_hybrid_model_through_torch_save() -> None:
-    with quiet():
-        model = build("falcon_h1")
+    model = build("falcon_h1")
     cache = NexusCache(model)
     feed(model, cache, prompt(60))
     file = io.BytesIO()

@@ -25,15 +25,15 @@ ZOO: tuple[str, ...] = tuple(sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set
 
 def build(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A tiny random model of this type: float32, on the CPU, in eval mode."""
-    model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
     with quiet():
+        model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
         config = _own_part(config_of(model_type), model_class)
         attention = "sdpa" if model_class._supports_sdpa else "eager"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = model_class._from_config(config, attn_implementation=attention)
         model.generation_config.update(**GENERATION.get(model_type, {}))
-    return model.to(torch.float32).eval()
+        return model.to(torch.float32).eval()
 
 
 def config_of(model_type: str) -> PreTrainedConfig:

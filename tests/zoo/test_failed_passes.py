@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nexusquant import NexusCache, UnsupportedError
-from tests.zoo.builders import build, quiet
+from tests.zoo.builders import build
 
 WITH_STATES = ("lfm2", "jamba", "falcon_h1", "qwen3_next", "zamba2", "kimi_linear", "nemotron_h")
 WITH_STOCK_LAYERS = ("deepseek_v4", "minimax_m3_vl_text", "dots3_note_text")
@@ -24,16 +24,21 @@ def feed(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+def twins(model_type: str, *lengths: int) -> tuple[Any, list[NexusCache]]:
+    """A model and two caches of it, behind passes over so many tokens."""
+    model = build(model_type)
+    caches = [NexusCache(model, "high") for _ in range(2)]
+    for cache in caches:
+        for length in lengths:
+            feed(model, cache, prompt(length))
+    return model, caches
+
+
 @pytest.mark.filterwarnings("ignore::nexusquant.hf.notices.NexusQuantWarning")
 @pytest.mark.parametrize("tokens", [1, 2, 45])
 @pytest.mark.parametrize("model_type", [*WITH_STATES, *WITH_STOCK_LAYERS])
 def test_a_failed_pass_is_undone(model_type: str, tokens: int) -> None:
-    with quiet():
-        model = build(model_type)
-    caches = [NexusCache(model, "high") for _ in range(2)]
-    for cache in caches:
-        feed(model, cache, prompt(100))
-        feed(model, cache, prompt(1))
+    model, caches = twins(model_type, 100, 1)
 
     def fail(*_: Any) -> None:
         raise MemoryError
@@ -51,12 +56,7 @@ def test_a_failed_pass_is_undone(model_type: str, tokens: int) -> None:
 def test_a_state_that_cannot_be_rolled_back_refuses_before_anything_changes(
     model_type: str,
 ) -> None:
-    with quiet():
-        model = build(model_type)
-    caches = [NexusCache(model, "high") for _ in range(2)]
-    for cache in caches:
-        feed(model, cache, prompt(40))
-        feed(model, cache, prompt(5))
+    model, caches = twins(model_type, 40, 5)
     with pytest.raises(UnsupportedError, match="cannot be rolled back"):
         caches[0].crop(-2)
     assert torch.equal(*(feed(model, cache, prompt(3)) for cache in caches))

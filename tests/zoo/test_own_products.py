@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from nexusquant import CompressionConfig, NexusCache, UnsupportedError
-from nexusquant.hf.quirks import layer_of
+from nexusquant.hf.quirks import attention_modules, layer_of
 from tests.hf.models import left_padded
-from tests.zoo.builders import build, quiet
+from tests.zoo.builders import build
 
 OWN = ("bloom", "codegen", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt", "rembert")
 HALF = CompressionConfig(
@@ -26,8 +26,7 @@ HALF = CompressionConfig(
 def test_eviction_equals_attention_with_a_mask_per_head(model_type: str) -> None:
     """Oracle: the stock model whose masks hide, per head, exactly what was evicted."""
     name, _, attention = model_type.partition("-")
-    with quiet():
-        model = build(name)
+    model = build(name)
     if attention:
         model.set_attn_implementation(attention)
     ids, mask = left_padded([64, 40])
@@ -41,11 +40,9 @@ def test_eviction_equals_attention_with_a_mask_per_head(model_type: str) -> None
     plain = model(more, attention_mask=whole, past_key_values=copied(stock_cache)).logits
     ours = model(more, attention_mask=whole, past_key_values=cache).logits
     handles = [
-        module.register_forward_pre_hook(hide(kept[index]), with_kwargs=True)
-        for module in model.modules()
-        if "ttention" in type(module).__name__
-        and (index := layer_of(module)) is not None
-        and all(layer_of(inner) is None for inner in module.children())
+        module.register_forward_pre_hook(hide(kept[layer_of(module)]), with_kwargs=True)
+        for _, module in attention_modules(model)
+        if all(layer_of(inner) is None for inner in module.children())
     ]
     assert len(handles) == len(kept)
     stock = model(more, attention_mask=whole, past_key_values=stock_cache).logits
@@ -97,8 +94,7 @@ def copied(cache: DynamicCache) -> DynamicCache:
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", OWN)
 def test_codes_take_what_they_take_elsewhere_and_serve_as_well(model_type: str) -> None:
-    with quiet():
-        model = build(model_type)
+    model = build(model_type)
     ids, _ = left_padded([120])
     exact, coded = (
         NexusCache(model, "high", residual_length=16, **more)
@@ -116,8 +112,7 @@ def test_codes_take_what_they_take_elsewhere_and_serve_as_well(model_type: str) 
 
 
 def test_a_model_that_reads_its_values_keeps_all_tokens() -> None:
-    with quiet():
-        model = build("doge")
+    model = build("doge")
     ids, mask = left_padded([80, 50])
     cache = NexusCache(model, "max")
     with torch.no_grad():
@@ -127,14 +122,17 @@ def test_a_model_that_reads_its_values_keeps_all_tokens() -> None:
     assert all(layer.stored.count == 80 for layer in cache.layers)
 
 
+@torch.no_grad()
+def keys_of_a_llama(quality: str) -> Tensor:
+    """Those of its first layer, behind a prompt."""
+    model = build("llama")
+    cache = NexusCache(model, quality)
+    model(left_padded([80])[0], past_key_values=cache)
+    return cache.layers[0].keys
+
+
 def test_what_was_evicted_before_a_model_reads_it_is_refused() -> None:
-    with quiet():
-        model = build("llama")
-    cache = NexusCache(model, "max")
-    ids, _ = left_padded([80])
-    with torch.no_grad():
-        model(ids, past_key_values=cache)
-    keys = cache.layers[0].keys
+    keys = keys_of_a_llama("max")
     for read in (lambda: keys.sum(), lambda: keys.transpose(1, 2) + 0, lambda: keys @ keys.mT):
         with pytest.raises(UnsupportedError, match="evicted or padded"):
             read()
@@ -143,8 +141,7 @@ def test_what_was_evicted_before_a_model_reads_it_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore::nexusquant.hf.notices.NexusQuantWarning")
 @pytest.mark.parametrize("model_type", [*OWN, "deepseek_v3", "doge", "llama"])
 def test_gradients_are_right_or_refused(model_type: str) -> None:
-    with quiet():
-        model = build(model_type)
+    model = build(model_type)
     ids, _ = left_padded([60])
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
 
@@ -161,8 +158,7 @@ def test_gradients_are_right_or_refused(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", [name for name in OWN if name != "falcon"])
 def test_inference_mode_and_no_grad_take_turns(model_type: str) -> None:
-    with quiet():
-        model = build(model_type)
+    model = build(model_type)
     ids, _ = left_padded([100])
     results = []
     for modes in ((torch.no_grad, torch.no_grad), (torch.inference_mode, torch.no_grad),
@@ -181,8 +177,7 @@ def test_inference_mode_and_no_grad_take_turns(model_type: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", OWN)
 def test_padding_is_not_stored(model_type: str) -> None:
-    with quiet():
-        model = build(model_type)
+    model = build(model_type)
     ids, mask = left_padded([150, 50])
     both, alone = (NexusCache(model, "max", tiers=()) for _ in range(2))
     model(input_ids=ids, attention_mask=mask, past_key_values=both)
@@ -200,13 +195,7 @@ def last_row(layer: Any, heads: int) -> int:
 
 
 def test_writing_into_keys_is_refused() -> None:
-    with quiet():
-        model = build("llama")
-    cache = NexusCache(model, "lossless")
-    ids, _ = left_padded([80])
-    with torch.no_grad():
-        model(ids, past_key_values=cache)
-    keys = cache.layers[0].keys
+    keys = keys_of_a_llama("lossless")
     for write in (
         keys.zero_, lambda: keys.__setitem__((0, 0, 0), 5.0),
         lambda: torch.mul(keys + 0, 2, out=keys),
@@ -218,8 +207,7 @@ def test_writing_into_keys_is_refused() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "doge"])
 def test_max_tokens_that_cannot_be_kept_is_said(model_type: str) -> None:
-    with quiet():
-        model = build(model_type)
+    model = build(model_type)
     cache = NexusCache(model, "high", max_tokens=64)
     ids, _ = left_padded([120])
     with warnings.catch_warnings(record=True) as given:

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from nexusquant import NexusCache
 from tests.hf.models import left_padded
-from tests.zoo.builders import build, quiet
+from tests.zoo.builders import build
 
 # Model type to the layers (of 4) that are rotated, None for all.
 KINDS: dict[str, dict[str, tuple[int, ...] | None]] = {
@@ -32,8 +32,7 @@ CASES = [(name, layers) for kind in KINDS.values() for name, layers in kind.item
 @torch.no_grad()
 @pytest.mark.parametrize(("model_type", "rotated"), CASES, ids=[name for name, _ in CASES])
 def test_keys_come_back_as_they_were(model_type: str, rotated: tuple[int, ...] | None) -> None:
-    with quiet():
-        model = build(model_type)
+    model = build(model_type)
     settings = {"key_bits": 8, "value_bits": 8, "tiers": (), "evict_ratio": 0.0, "sinks": 0}
     cache = NexusCache(model, **settings)
     stock = DynamicCache(config=model.config.get_text_config(decoder=True))
