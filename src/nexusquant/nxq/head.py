@@ -63,6 +63,8 @@ def chunk_digest(data: memoryview) -> bytes:
 def version_of(first: memoryview, label: str) -> int:
     """The version of a file that starts with these bytes; FormatError if it is none of ours."""
     magic = bytes(first[: len(MAGIC)])
+    if not magic:
+        raise FormatError(f"{label}: empty. Make or copy it again.")
     if magic != MAGIC:
         if magic[:4] == MAGIC[:4]:
             raise FormatError(

@@ -87,18 +87,20 @@ def build_header(
     meta: Mapping[str, Any], chunks: Mapping[str, int], stream_meta: Mapping[str, Any]
 ) -> bytes:
     """The JSON of a header; ConfigError for what a reader would refuse."""
+    if not all(isinstance(about, Mapping) for about in (meta, stream_meta, *stream_meta.values())):
+        raise ConfigError("meta and stream_meta are dictionaries, also for single streams.")
+    if unknown := set(stream_meta) - set(chunks):
+        raise ConfigError(f"stream_meta is about streams that are not there: {unknown}.")
     streams = [
-        {"name": name, "chunks": count} | ({"meta": about} if about else {})
+        {"name": name, "chunks": count} | ({"meta": dict(about)} if about else {})
         for name, count in chunks.items()
         for about in [stream_meta.get(name)]
     ]
     content = {"meta": dict(meta), "streams": streams}
-    if unknown := set(stream_meta) - set(chunks):
-        raise ConfigError(f"stream_meta is about streams that are not there: {sorted(unknown)}.")
     try:
         raw = canonical.encode(content)
         _streams(content)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"this cannot be an .nxq header: {error}.") from error
     if len(raw) > MAX_HEADER:
         raise ConfigError(

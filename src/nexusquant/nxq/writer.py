@@ -123,6 +123,12 @@ def _write(
     streams: Mapping[str, Collection[Chunk]],
     stream_meta: Mapping[str, Meta] | None,
 ) -> None:
+    for name, chunks in streams.items():
+        if not isinstance(chunks, Collection):
+            raise ConfigError(
+                f"stream {name!r} is a {type(chunks).__name__}, which does not say how many chunks"
+                " it has: give a list, or use Writer."
+            )
     counts = {name: len(chunks) for name, chunks in streams.items()}
     writer = Writer(file, meta, counts, stream_meta)
     for name, chunks in streams.items():
