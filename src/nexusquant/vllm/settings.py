@@ -1,0 +1,76 @@
+"""Settings: `kv_connector_extra_config` of vLLM's `--kv-transfer-config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from nexusquant.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the connector is told.
+
+    Attributes:
+        store: URL of the store (`nexusquant.stores.open_store`): a directory, redis://, s3://, ...
+        codec: "e8" or "raw".
+        codec_options: arguments of the codec, as {"bits": 6}.
+        model: what the model is called in the keys of blocks, in place of what is found out about
+            its weights. For servers that load the same weights in different ways.
+        threads: that load, and as many that save, in each worker.
+        queue_bytes: of keys and values that wait to be encoded in a worker; beyond it the model
+            waits.
+        wait_for_save: whether a prompt's blocks are in the store before its first token is
+            answered. None: yes for a kv_producer, whose consumers look for them then; no for
+            kv_both.
+        lookup_seconds: how long the scheduler waits for the store before it goes on with other
+            requests and asks again in its next step.
+        retry_seconds: how long a store that failed is left alone, and a block that could not be
+            loaded not looked for.
+
+    Raises:
+        ConfigError: out of range.
+    """
+
+    store: str
+    codec: str = "e8"
+    codec_options: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    threads: int = 2
+    queue_bytes: int = 256 << 20
+    wait_for_save: bool | None = None
+    lookup_seconds: float = 0.01
+    retry_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.threads < 1 or self.queue_bytes < 1:
+            raise ConfigError(
+                f"threads={self.threads}, queue_bytes={self.queue_bytes}: must be at least 1."
+            )
+        if self.lookup_seconds < 0 or self.retry_seconds < 0:
+            raise ConfigError(
+                f"lookup_seconds={self.lookup_seconds}, retry_seconds={self.retry_seconds}: must"
+                " not be negative."
+            )
+
+    @staticmethod
+    def read(given: Mapping[str, Any]) -> Settings:
+        """From vLLM's configuration.
+
+        Raises:
+            ConfigError: an unknown name (lists the known ones), or no store.
+        """
+        known = [entry.name for entry in fields(Settings)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"kv_connector_extra_config has {', '.join(unknown)}; known are {', '.join(known)}."
+            )
+        if not isinstance(given.get("store"), str):
+            raise ConfigError(
+                'kv_connector_extra_config needs "store": the URL of a directory, of Redis'
+                ' ("redis://127.0.0.1:6379/0") or of what fsspec opens.'
+            )
+        return Settings(**given)
