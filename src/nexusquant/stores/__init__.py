@@ -35,6 +35,8 @@ def open_store(
         ConfigError: no such place, or an option that this store does not have.
         StoreError: it cannot be opened, or a package is missing.
     """
+    if not isinstance(place, (str, Path)):
+        raise ConfigError(f"{place!r} is not a place: give a path or a URL.")
     options: dict[str, str] = {}
     scheme, url = "", str(place)
     if isinstance(place, str):
