@@ -179,6 +179,16 @@ HEADERS |= {
 LYING |= {name: lambda raw=raw: seal(raw, [[b"x"]]) for name, raw in HEADERS.items()}
 
 
+def test_limits_of_header_and_table() -> None:
+    def padded(length: int) -> bytes:
+        return header_of({"a": "x" * (length - len(header_of({"a": ""}, {})))}, {})
+
+    assert nxq.Reader.open(seal(padded(2**20))).streams == {}
+    refused(seal(padded(2**20 + 1)), "promises a header of 1048577 bytes")
+    refused(seal(GOOD, [[b"x"]], count=2**22 + 1), "and 4194305 chunks")
+    refused(seal(GOOD, [[b"x"]], count=2**22), "cut short")
+
+
 def test_the_unharmed_file_is_read() -> None:
     reader = nxq.Reader.open(seal(GOOD, [[b"x"]]))
     reader.verify()
