@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,13 @@ class BackendError(Exception):
 
 def _fail(*args: Any, **kwargs: Any) -> None:
     raise BackendError("the backend is down")
+
+
+def _or_error(call: Callable[[], object]) -> object:
+    try:
+        return call()
+    except (BackendError, OSError) as error:
+        return error
 
 
 @pytest.fixture
@@ -83,19 +92,28 @@ def test_whatever_a_backend_raises_is_a_store_error(
             call()
 
 
-def test_backends_that_do_not_begin_at_the_end(
-    memory: FsspecStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """S3 answers with an error of its own."""
+def test_ranges_as_s3_takes_them(memory: FsspecStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, as the second argument is another one; no beginning at the end."""
     cat_file = MemoryFileSystem.cat_file
 
-    def strict(fs: MemoryFileSystem, path: str, start: int | None, stop: int | None) -> bytes:
-        if (start or 0) >= fs.info(path)["size"]:
+    def strict(
+        fs: MemoryFileSystem, path: str, version: None = None, *, start: int, end: int | None
+    ) -> bytes:
+        if start >= fs.info(path)["size"]:
             raise BackendError("InvalidRange")
-        return bytes(cat_file(fs, path, start, stop))
+        return bytes(cat_file(fs, path, start, end))
+
+    def ranges(fs: MemoryFileSystem, paths: list[str], start: int, end: None) -> list[object]:
+        return [_or_error(partial(strict, fs, path, start=start, end=end)) for path in paths]
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", strict)
+    monkeypatch.setattr(MemoryFileSystem, "cat_ranges", ranges)
     memory.put("key", b"value")
+    memory.put("empty", b"")
+    assert memory.get("key") == b"value"
+    assert memory.get("empty") == memory.get_range("empty", 0, 9) == b""
+    assert memory.get_many(["key", "empty", "none"]) == [b"value", b"", None]
+    assert memory.get_range("key", 0, 2) == b"va"
     assert memory.get_range("key", 4, 9) == b"e"
     assert memory.get_range("key", 5, 9) == b""
     assert memory.get_range("none", 5, 9) is None

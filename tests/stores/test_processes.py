@@ -91,6 +91,9 @@ def test_a_writer_killed_at_any_step_leaves_nothing_half_done(tmp_path: Path, wh
         assert writer.wait(30) == -signal.SIGKILL
     parts = list((tmp_path / ".nexusquant").glob("part-*"))
     assert len(parts) == (where != "renamed")
+    assert int((tmp_path / ".nexusquant" / "ledger").read_text()) >= sum(
+        _visible(tmp_path).values()
+    )
     store = DirectoryStore(tmp_path)
     assert store.get("before") == b"as it was"
     if where == "renamed":
@@ -98,7 +101,7 @@ def test_a_writer_killed_at_any_step_leaves_nothing_half_done(tmp_path: Path, wh
     else:
         assert _visible(tmp_path) == before
     assert store.nbytes() == sum(_visible(tmp_path).values())  # counted anew
-    assert not list((tmp_path / ".nexusquant").glob("part-*"))
+    assert not list(own.glob("part-*"))
 
 
 def test_writers_killed_at_random_leave_whole_values(tmp_path: Path) -> None:

@@ -65,18 +65,24 @@ class FsspecStore(Store):
             return None if self._size(key) is None else b""
         with self._errors(f"cannot read {key}"):
             try:
-                return bytes(self._fs.cat_file(self._path(key), start or None, stop))
+                # With a start it is one request; s3fs reads large objects in several without.
+                return bytes(self._fs.cat_file(self._path(key), start=start, end=stop))
             except FileNotFoundError:
                 return None
             except Exception:  # many backends, each with an error of its own, refuse to
-                if start and start >= (self._size(key) or 0):  # begin at the end
+                size = self._size(key)  # begin at the end
+                if size is not None and start >= size:
                     return b""
                 raise
 
     def _read_many(self, keys: list[str]) -> list[bytes | None]:
         with self._errors(f"cannot read {len(keys)} values"):
-            found = self._fs.cat_ranges([self._path(key) for key in keys], None, None)
-            return [_missing_is_none(value) for value in found]
+            found = self._fs.cat_ranges([self._path(key) for key in keys], 0, None)
+        clear = (bytes, FileNotFoundError)  # what failed is read again: an empty value, or an error
+        return [
+            _missing_is_none(value) if isinstance(value, clear) else self._read(key, 0, None)
+            for key, value in zip(keys, found, strict=True)
+        ]
 
     def _size(self, key: str) -> int | None:
         with self._errors(f"cannot look for {key}"):
