@@ -104,6 +104,7 @@ def test_messages_say_what_is_wrong() -> None:
     refused(DATA[:-1], rf"{len(DATA) - 1} bytes, but its table makes it {len(DATA)}")
     refused(DATA[:-1] + b"y", "chunk 0 of stream 'tail' is damaged")
     refused(DATA[:50] + b"\0" + DATA[51:], "header or table is damaged")
+    refused(seal(HEADERS["long integer"]), "an integer of more than 53 bits")
     refused(DATA[:8] + b"\2" + DATA[9:], r"version 2 .* reads 1\. Upgrade")
     refused(DATA[:10] + b"\1" + DATA[11:], "flags 0x0001.*Upgrade")
 
@@ -147,6 +148,7 @@ HEADERS: dict[str, bytes] = {
     "very deep objects": b'{"a":' * 200_000,
     "long integer": b'{"meta":{"a":' + b"9" * 1_000_000 + b'},"streams":[]}',
     "stream twice": b'{"meta":{},"streams":[{"chunks":1,"name":"s"},{"chunks":0,"name":"s"}]}',
+    "stream again": b'{"meta":{},"streams":[{"chunks":0,"name":"s"},{"chunks":1,"name":"s"}]}',
     "list": b"[]",
     "no streams": b'{"meta":{}}',
     "no meta": b'{"streams":[{"chunks":1,"name":"s"}]}',

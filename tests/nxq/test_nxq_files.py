@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import mmap
 import tempfile
+import time
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -173,9 +174,17 @@ def test_chunks_of_a_path_outlive_the_reader_and_its_file(tmp_path: Path) -> Non
     reader.close()
 
 
+class Slow(io.BytesIO):
+    """A file that gives few bytes at once, and other threads the time to move it."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        time.sleep(0)
+        return super().read(min(99, size or 0))
+
+
 def test_threads_may_share_a_reader_of_an_open_file() -> None:
-    content = large()
-    reader = nxq.Reader.open(io.BytesIO(nxq.pack(*content)))
+    content = large(chunks=8)
+    reader = nxq.Reader.open(Slow(nxq.pack(*content)))
     found: list[Content] = []
     threads = [Thread(target=lambda: found.append(contents(reader))) for _ in range(4)]
     for thread in threads:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 MAX_DEPTH = 16
 MAX_INT = (1 << 53) - 1  # what every JSON parser reads exactly
@@ -27,7 +27,7 @@ def decode(raw: bytes) -> Any:
     """
     text = raw.decode("utf-8")
     try:
-        value = json.loads(text, parse_int=_integer, parse_constant=_refuse)
+        value = json.loads(text, parse_int=_integer)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if encode(value) != raw:
@@ -61,7 +61,3 @@ def _integer(digits: str) -> int:
     if len(digits) > 17:
         raise ValueError("an integer of more than 53 bits")
     return int(digits)
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")

@@ -29,7 +29,7 @@ class Memory:
     """Bytes in memory; what is read from them is a view."""
 
     def __init__(self, data: bytes | bytearray | memoryview | mmap.mmap) -> None:
-        self._view = memoryview(data).toreadonly().cast("B")
+        self._view = memoryview(data).cast("B")
 
     def size(self) -> int:
         return len(self._view)
