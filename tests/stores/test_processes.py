@@ -89,11 +89,9 @@ def test_a_writer_killed_at_any_step_leaves_nothing_half_done(tmp_path: Path, wh
     before = _visible(tmp_path)
     with _writer(tmp_path, where) as writer:
         assert writer.wait(30) == -signal.SIGKILL
-    parts = list((tmp_path / ".nexusquant").glob("part-*"))
-    assert len(parts) == (where != "renamed")
-    assert int((tmp_path / ".nexusquant" / "ledger").read_text()) >= sum(
-        _visible(tmp_path).values()
-    )
+    own = tmp_path / ".nexusquant"
+    assert len(list(own.glob("part-*"))) == (where != "renamed")
+    assert int((own / "ledger").read_text()) >= sum(_visible(tmp_path).values())
     store = DirectoryStore(tmp_path)
     assert store.get("before") == b"as it was"
     if where == "renamed":
