@@ -31,7 +31,7 @@ class E8Codec(BlockCodec):
     name = "e8"
     version = 1
 
-    def __init__(self, bits: int = 6) -> None:
+    def __init__(self, bits: int = 8) -> None:
         if bits not in BITS:
             raise ConfigError(f"bits={bits!r}: the codec e8 has {', '.join(map(str, BITS))}.")
         self.bits = bits

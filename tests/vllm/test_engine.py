@@ -1,0 +1,112 @@
+"""One engine on a CPU, with the connector and without."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm.engine import BLOCK, run
+
+COLD = {"do": "generate", "name": "cold"}
+RESET = {"do": "reset"}
+AGAIN = {"do": "generate", "name": "again"}
+METRICS = {"do": "metrics"}
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path) -> Any:
+    """Without a connector: a prompt, and the same prompt again from vLLM's own prefix cache."""
+    return run(model, [COLD, AGAIN])
+
+
+@pytest.fixture(scope="module")
+def raw(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """With bits as they are: a prompt, the same from the store, and after a byte was flipped."""
+    steps = [COLD, RESET, AGAIN, METRICS, {"do": "flip"}, RESET]
+    steps += [{"do": "generate", "name": "flipped"}, METRICS | {"name": "after"}]
+    return run(model, steps, store=str(tmp_path_factory.mktemp("store")), codec="raw")
+
+
+def of(result: Any, name: str) -> Any:
+    """The one output of a step."""
+    return result[name]["outputs"][0]
+
+
+def test_raw_is_bit_identical_to_no_connector(plain: Any, raw: Any) -> None:
+    assert of(raw, "cold")["cached"] == 0
+    assert of(raw, "cold") == of(plain, "cold")
+    # The same tokens are left to compute as behind vLLM's own prefix cache.
+    assert of(raw, "again") == of(plain, "again")
+
+
+def test_hits_are_counted_by_vllm(raw: Any) -> None:
+    again, metrics = of(raw, "again"), raw["metrics"]
+    whole = (again["prompt_tokens"] - 1) // BLOCK * BLOCK
+    assert again["cached"] == whole > 500
+    assert metrics["vllm:external_prefix_cache_hits"] >= whole
+    assert metrics["vllm:nexusquant_saved_blocks"] >= whole // BLOCK
+    assert metrics["vllm:nexusquant_loaded_blocks"] >= whole // BLOCK
+
+
+def test_a_flipped_byte_is_computed_again(raw: Any, plain: Any) -> None:
+    assert raw["metrics"]["vllm:nexusquant_damaged_blocks"] == 1
+    flipped, cold = of(raw, "flipped"), of(plain, "cold")
+    assert flipped["tokens"] == cold["tokens"]
+    # Computed in other pieces, so other roundings, but nothing of the damaged block.
+    assert divergence(cold, flipped) < 1e-6
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(8, 1e-3), (6, 1e-2)])
+def test_compressed_drift_and_bytes(
+    bits: int, limit: float, model: Path, plain: Any, tmp_path: Path, record_property: Any
+) -> None:
+    result = run(
+        model,
+        [COLD, RESET, AGAIN, METRICS],
+        store=str(tmp_path),
+        codec="e8",
+        codec_options={"bits": bits},
+    )
+    metrics, kl = result["metrics"], divergence(of(plain, "again"), of(result, "again"))
+    ratio = metrics["vllm:nexusquant_saved_raw_bytes"] / metrics["vllm:nexusquant_saved_bytes"]
+    sys.stdout.write(f"\ne8, {bits} bits: KL {kl:.2e} nats, {ratio:.2f} times smaller than fp32\n")
+    record_property("kl", kl)
+    assert of(result, "again")["cached"] == of(plain, "again")["cached"]
+    assert kl < limit
+    assert ratio > 0.9 * 32 / (bits + 1)
+
+
+def test_a_stopped_redis_is_a_miss(model: Path, plain: Any, redis: tuple[str, Any]) -> None:
+    url, server = redis
+    steps = [COLD, RESET, AGAIN, {"do": "kill", "process": server.pid}, RESET]
+    steps += [{"do": "generate", "name": "stopped"}, RESET, {"do": "generate", "name": "still"}]
+    result = run(model, [*steps, METRICS], store=url, codec="raw")
+    assert of(result, "again")["cached"] > 0
+    for name in ("stopped", "still"):
+        assert of(result, name)["cached"] == 0
+        assert of(result, name)["tokens"] == of(plain, "cold")["tokens"]
+        assert divergence(of(plain, "cold"), of(result, name)) < 1e-6
+    assert result["log"].count("does not answer") == 2, "once in the scheduler, once in the worker"
+    assert result["still"]["seconds"] < 2 * result["cold"]["seconds"] + 2, "no timeout per request"
+
+
+def divergence(expected: Any, given: Any) -> float:
+    """Mean KL over positions while tokens agree, in nats, of the 20 likeliest tokens."""
+    total, count = 0.0, 0
+    pairs = zip(
+        expected["tokens"], given["tokens"], expected["logprobs"], given["logprobs"], strict=True
+    )
+    for token, other, p, q in pairs:
+        common = p.keys() & q.keys()
+        mass_p, mass_q = (math.fsum(math.exp(x[t]) for t in common) for x in (p, q))
+        total += math.fsum(
+            math.exp(p[t]) / mass_p * (p[t] - q[t] - math.log(mass_p / mass_q)) for t in common
+        )
+        count += 1
+        if token != other:
+            break
+    return total / count
