@@ -140,8 +140,10 @@ def metrics(port: int) -> dict[str, float]:
     """What the server counted of prefixes and of the connector."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
         lines = response.read().decode().splitlines()
-    found = {}
+    found: dict[str, float] = {}
     for line in lines:
+        if line.startswith("#"):
+            continue
         name, _, value = line.rpartition(" ")
         name = name.partition("{")[0]
         if name.endswith("_total") and ("nexusquant" in name or "prefix_cache" in name):
