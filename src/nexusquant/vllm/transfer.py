@@ -89,10 +89,14 @@ class Transfer:
         self._like = caches[0].new_empty(0)
         self._shapes = [(layout.key_shape, layout.value_shape) for layout in layouts]
         self._block_bytes = sum(prod(c.shape[1:]) * c.element_size() for c in caches)
-        with beside(self._like.device, mark(self._like.device)):
-            generator = torch.Generator().manual_seed(0)
+        self._savers.submit(self._try_codec, mark(self._like.device)).result()
+
+    def _try_codec(self, after: torch.cuda.Event | None) -> None:
+        """In a thread, as Numba changes the number of threads that PyTorch uses in its own."""
+        generator = torch.Generator().manual_seed(0)
+        with beside(self._like.device, after):
             keys, values = (
-                [torch.randn(s, generator=generator).to(self._like) for s in side]
+                [torch.randn(shape, generator=generator).to(self._like) for shape in side]
                 for side in zip(*self._shapes, strict=True)
             )
             blob = self._codec.encode(keys, values, 0)
