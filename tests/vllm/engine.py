@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 BLOCK = 32
 MARK = "RESULT "
-SHOWN = ("vllm:nexusquant_", "vllm:external_prefix_cache_")
+SHOWN = ("vllm:nexusquant_", "vllm:external_prefix_cache_", "vllm:num_preemptions")
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

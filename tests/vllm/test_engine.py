@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.engine import BLOCK, run
+from tests.vllm.engine import BLOCK, PROMPT, run
 
 COLD = {"do": "generate", "name": "cold"}
 RESET = {"do": "reset"}
@@ -75,6 +75,7 @@ def test_compressed_drift_and_bytes(
     ratio = metrics["vllm:nexusquant_saved_raw_bytes"] / metrics["vllm:nexusquant_saved_bytes"]
     sys.stdout.write(f"\ne8, {bits} bits: KL {kl:.2e} nats, {ratio:.2f} times smaller than fp32\n")
     record_property("kl", kl)
+    assert of(result, "cold") == of(plain, "cold"), "saving changes nothing"
     assert of(result, "again")["cached"] == of(plain, "again")["cached"]
     assert kl < limit
     assert ratio > 0.9 * 32 / (bits + 1)
@@ -92,6 +93,27 @@ def test_a_stopped_redis_is_a_miss(model: Path, plain: Any, redis: tuple[str, An
         assert divergence(of(plain, "cold"), of(result, name)) < 1e-6
     assert result["log"].count("does not answer") == 2, "once in the scheduler, once in the worker"
     assert result["still"]["seconds"] < 2 * result["cold"]["seconds"] + 2, "no timeout per request"
+
+
+def test_many_requests_in_chunks_with_too_few_blocks(model: Path, tmp_path: Path) -> None:
+    """Prefill in chunks, prefixes in common, requests preempted and resumed: the same tokens."""
+    prompts = [PROMPT[: 1500 - 100 * number] + f" {number}" for number in range(6)]
+    tight = {
+        "max_num_batched_tokens": 128,
+        "num_gpu_blocks_override": 40,
+        "max_num_seqs": 6,
+        "max_model_len": 1024,
+    }
+    ask = {"do": "generate", "prompts": prompts, "tokens": 48}
+    steps = [ask | {"name": "cold"}, RESET, ask | {"name": "again"}, METRICS]
+    expected = run(model, steps, engine=tight)
+    result = run(model, steps, store=str(tmp_path), codec="raw", engine=tight)
+    for name in ("cold", "again"):
+        for given, found in zip(expected[name]["outputs"], result[name]["outputs"], strict=True):
+            assert given["tokens"] == found["tokens"]
+            assert divergence(given, found) < 1e-6
+    assert result["metrics"]["vllm:num_preemptions"] > 0
+    assert sum(output["cached"] for output in result["again"]["outputs"]) > 1000
 
 
 def divergence(expected: Any, given: Any) -> float:
