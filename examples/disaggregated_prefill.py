@@ -37,12 +37,13 @@ def main() -> None:
         redis = free_port()
         stack.enter_context(redis_server(redis, folder))
         store = f"redis://127.0.0.1:{redis}/0"
-        prefill, decode = (
+        servers = [
             stack.enter_context(vllm_server(arguments, role, store, folder))
             for role in ("kv_producer", "kv_consumer")
-        )
-        for port in (prefill, decode):
-            wait_until_healthy(port, arguments.start_seconds)
+        ]
+        for port, running in servers:
+            wait_until_healthy(port, running, arguments.start_seconds)
+        prefill, decode = (port for port, _ in servers)
         told = conversation(prefill, decode)
         told["redis_bytes"] = stored_bytes(store)
     if arguments.json:
@@ -163,8 +164,8 @@ def stored_bytes(store: str) -> int:
 @contextmanager
 def vllm_server(
     arguments: argparse.Namespace, role: str, store: str, folder: Path
-) -> Iterator[int]:
-    """A server on a free port, which is given; its log is shown if something fails."""
+) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """A server on a free port; its log is shown if something fails."""
     transfer = {
         "kv_connector": "NexusQuantConnector",
         "kv_connector_module_path": "nexusquant.vllm",
@@ -189,9 +190,9 @@ def vllm_server(
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",
     }
-    with log.open("w") as output, process(command, output, environment):
+    with log.open("w") as output, process(command, output, environment) as running:
         try:
-            yield port
+            yield port, running
         except BaseException:
             sys.stderr.write(f"--- {role}\n" + "\n".join(log.read_text().splitlines()[-40:]) + "\n")
             raise
@@ -210,7 +211,9 @@ def redis_server(port: int, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def process(command: list[str], log: Any, environment: dict[str, str]) -> Iterator[None]:
+def process(
+    command: list[str], log: Any, environment: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     """A program that ends with the block, and its children with it."""
     running = subprocess.Popen(
         command,
@@ -220,7 +223,7 @@ def process(command: list[str], log: Any, environment: dict[str, str]) -> Iterat
         start_new_session=True,
     )
     try:
-        yield
+        yield running
     finally:
         running.terminate()
         try:
@@ -230,12 +233,12 @@ def process(command: list[str], log: Any, environment: dict[str, str]) -> Iterat
             running.wait()
 
 
-def wait_until_healthy(port: int, seconds: float) -> None:
+def wait_until_healthy(port: int, running: subprocess.Popen[bytes], seconds: float) -> None:
     """Until the server answers."""
     until = time.monotonic() + seconds
     while not healthy(port):
-        if time.monotonic() > until:
-            raise SystemExit(f"the server on port {port} did not start within {seconds:g} s.")
+        if running.poll() is not None or time.monotonic() > until:
+            raise SystemExit(f"the server on port {port} did not start, see its log above.")
         time.sleep(1)
 
 
@@ -260,7 +263,10 @@ def demo_model() -> str:
     """SmolLM2-135M-Instruct, fetched on first use as `nexusquant demo` does."""
     from nexusquant.loading import demo_model
 
-    return str(demo_model(lambda step: sys.stderr.write(step + "\n") and None))
+    def report(step: str) -> None:
+        sys.stderr.write(step + "\n")
+
+    return str(demo_model(report))
 
 
 if __name__ == "__main__":
