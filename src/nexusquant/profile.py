@@ -66,9 +66,14 @@ class LayerProfile:
         The measured weight of a head is a noisy, prompt-dependent estimate, so it is averaged
         geometrically with what a head of unknown behaviour would get (`Shared`).
         """
+        key, value = self.weights(shared)
+        return _costs(key, self.key), _costs(value, self.value)
+
+    def weights(self, shared: Shared) -> tuple[Tensor, Tensor]:
+        """(kv_heads,) of keys and of values, as in `costs`: damage per unit of noise."""
         key = (self.key.weight * shared.key).sqrt()
         value = (self.value.weight * self.inverse_residual * shared.value).sqrt() * VALUE_SHARE
-        return _costs(key, self.key), _costs(value, self.value)
+        return key, value
 
 
 def _costs(weight: Tensor, side: Side) -> Tensor:
