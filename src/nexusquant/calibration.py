@@ -11,12 +11,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from nexusquant.config import CompressionConfig
+from nexusquant.entropy.profile import StoreProfile
 from nexusquant.errors import ConfigError, ProfileError
 from nexusquant.hf.cache import checked_model, compact_layers, text_config
 from nexusquant.hf.context import outside_blocks
 from nexusquant.hf.fingerprint import forget
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.profiles import Collector, find_profile, remember_profile
+from nexusquant.hf.store_profiles import StoreCollector, remember_store_profile
 from nexusquant.profile import Profile
 from nexusquant.statistics import MIN_DISTINCT, MIN_TOKENS
 
@@ -55,6 +57,52 @@ def calibrate(
         True
     """
     model = checked_model(model)
+    collector = Collector(model, rope_page)
+    total = _collect(model, tokenizer, texts, collector, tokens, pieces, report)
+    profile = collector.profile_of(model, source, total)
+    remember_profile(model, profile)
+    return profile
+
+
+@torch.no_grad()
+def calibrate_store(
+    model: Any,
+    tokenizer: Any,
+    texts: Iterable[str],
+    *,
+    tokens: int = 2048,
+    pieces: int = 8,
+    source: str = "text",
+    report: Callable[[str], None] = lambda step: None,
+) -> StoreProfile:
+    """The storage profile of a model from texts, in force for `save` and `load` from now on.
+
+    Arguments and errors are those of `calibrate`. `save_store_profile` keeps the result.
+
+    Example:
+        >>> from nexusquant import calibrate_store
+        >>> profile = calibrate_store(model, tokenizer, [text], pieces=1)
+        >>> len(profile.layers) == model.config.num_hidden_layers
+        True
+    """
+    model = checked_model(model)
+    collector = StoreCollector(model, pieces)
+    total = _collect(model, tokenizer, texts, collector, tokens, pieces, report)
+    profile = collector.store_profile_of(model, source, total, report)
+    remember_store_profile(model, profile)
+    return profile
+
+
+def _collect(
+    model: Any,
+    tokenizer: Any,
+    texts: Iterable[str],
+    collector: Collector,
+    tokens: int,
+    pieces: int,
+    report: Callable[[str], None],
+) -> int:
+    """Show pieces of the texts to the collector; returns their tokens."""
     forget(model)
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise ConfigError(f"texts must be a list of texts, got {type(texts).__name__}.")
@@ -66,7 +114,7 @@ def calibrate(
         raise ConfigError(
             f"this model takes {limit} tokens at most, but a profile needs {MIN_TOKENS} at a time."
         )
-    config = CompressionConfig(codec="exact", rope_page=rope_page)
+    config = CompressionConfig(codec="exact", rope_page=collector.page)
     chosen = _pieces(tokenizer, texts, length, pieces)
     distinct = len(torch.cat(chosen, 1).unique())
     if distinct < MIN_DISTINCT:
@@ -74,7 +122,6 @@ def calibrate(
             f"the texts have {distinct} different tokens, too few to tell directions apart; give"
             f" text with {MIN_DISTINCT} at least."
         )
-    collector = Collector(model, rope_page)
     training = model.training
     device = "cpu" if model.device.type == "meta" else model.device  # offloaded: hooks move inputs
     takes = inspect.signature(model.forward).parameters
@@ -89,10 +136,7 @@ def calibrate(
                 model(ids.to(device), past_key_values=cache, use_cache=True, **last)
     finally:
         model.train(training)
-    total = sum(ids.shape[1] for ids in chosen)
-    profile = collector.profile_of(model, source, total)
-    remember_profile(model, profile)
-    return profile
+    return sum(ids.shape[1] for ids in chosen)
 
 
 def _need(name: str, value: Any, least: int) -> None:
