@@ -145,7 +145,25 @@ def test_what_the_store_lost_is_saved_again(asked: Asked, clock: Clock) -> None:
     saved(plan, new("a", [1, 2, 3], 0, 9))
     plan.add("b", digests(9), 9)
     assert plan.matched("b", 0) == 0
-    assert saved(plan, new("b", [4, 5, 6], 0, 9)) == [(4, b"d0")]
+    assert saved(plan, new("b", [4, 5, 6], 0, 9)) == [(4, b"d0"), (5, b"d1")]
+
+
+def test_what_may_be_gone_is_looked_after(asked: Asked, clock: Clock) -> None:
+    plan = planner(asked, clock, loads=False)
+    for request, later, expected in (("a", 0, 2), ("b", 59, 0), ("c", 1, 2), ("d", 59, 0)):
+        clock.now += later
+        plan.add(request, digests(9), 9)
+        assert len(saved(plan, new(request, [1, 2, 3], 0, 9))) == expected
+
+
+def test_a_last_block_that_was_not_asked_for_stays_known(asked: Asked, clock: Clock) -> None:
+    plan = planner(asked, clock)
+    plan.add("a", digests(8), 8)
+    saved(plan, new("a", [1, 2], 0, 8))
+    asked.stored = set(digests(8))
+    plan.add("b", digests(8), 8)
+    assert plan.matched("b", 0) == 4
+    assert saved(plan, new("b", [3, 4], 4, 4)) == []
 
 
 def test_failed_blocks_are_computed_and_saved_anew(asked: Asked, clock: Clock) -> None:

@@ -143,6 +143,11 @@ def test_blocks_from_the_first_that_cannot_be_had_fail(raw: Worker, damage: str)
     counted = raw.counters.take()
     assert (counted["loaded_blocks"], counted["failed_blocks"]) == (2, 2)
     assert counted.get("damaged_blocks", 0) == (damage != "missing")
+    raw.transfer.save(blocks(range(4)))
+    raw.transfer.flush()
+    assert raw.counters.take()["saved_blocks"] == 1, "the others are there"
+    assert raw.load(blocks([20, 21, 22, 23])) == set()
+    assert torch.equal(raw.contents([22, 23]), raw.contents([2, 3]))
 
 
 def test_a_store_that_is_down_fails_and_unsaves(raw: Worker) -> None:

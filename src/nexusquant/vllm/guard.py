@@ -59,6 +59,10 @@ class Guard:
 
         return self._ask(put, False)
 
+    def delete(self, key: str) -> None:
+        """Remove a value, if that is possible."""
+        self._ask(lambda store: store.delete(key), None)
+
     def resting(self) -> bool:
         """Whether a question would not be asked now."""
         with self._lock:

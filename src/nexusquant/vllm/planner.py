@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 _KNOWN = 1 << 16  # digests remembered
+_TRUST = 60.0  # seconds until a block that is in the store may be gone: it is saved anew if so
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Planner:
         self._loads, self._saves, self._flush = loads, saves, flush
         self._wait, self._retry, self._clock = lookup_seconds, retry_seconds, clock
         self._requests: dict[str, _Request] = {}
-        self._stored: OrderedDict[bytes, None] = OrderedDict()
+        self._stored: OrderedDict[bytes, float] = OrderedDict()  # since when
         self._bad: dict[bytes, float] = {}
         self._pending: list[Load] = []
 
@@ -131,8 +132,7 @@ class Planner:
             return None
         found = asked + answer.result()
         self._remember(state.digests[asked:found])
-        if found < len(state.digests):
-            self._forget(state.digests[found])
+        self.unsaved(state.digests[found : state.loadable])
         now = self._clock()
         for index in range(first, found):
             if self._bad.get(state.digests[index], now) > now:
@@ -171,10 +171,10 @@ class Planner:
             end = min(done // self._size, len(state.digests), len(state.block_ids))
             for index in range(state.saved, end):
                 digest = state.digests[index]
-                if digest not in self._stored:
+                if not self._is_stored(digest):
                     step.saves.append(Block(state.block_ids[index], digest, index))
                     self._bad.pop(digest, None)
-                self._remember([digest])
+                    self._remember([digest])
             state.saved = max(state.saved, end)
             if self._flush and part.computed < state.prompt_tokens <= done:
                 step.flush = True
@@ -191,7 +191,7 @@ class Planner:
             for block, index in state.loading.items():
                 if block in failed:
                     self._bad[state.digests[index]] = retry
-                    self._forget(state.digests[index])
+                    self.unsaved([state.digests[index]])
                     state.loadable = min(state.loadable, index)
                     state.saved = min(state.saved, index)
         if failed:
@@ -202,20 +202,20 @@ class Planner:
                 self._requests[request].loading = {}
 
     def unsaved(self, digests: Iterable[bytes]) -> None:
-        """Blocks that workers could not store: to be saved when they are met again."""
+        """Blocks that are not in the store: to be saved when they are met again."""
         for digest in digests:
-            self._forget(digest)
+            self._stored.pop(digest, None)
 
     def finished(self, request: str) -> None:
         """The request is over."""
         self._requests.pop(request, None)
 
+    def _is_stored(self, digest: bytes) -> bool:
+        return digest in self._stored and self._clock() < self._stored[digest] + _TRUST
+
     def _remember(self, digests: Iterable[bytes]) -> None:
         for digest in digests:
-            self._stored[digest] = None
+            self._stored[digest] = self._clock()
             self._stored.move_to_end(digest)
         while len(self._stored) > _KNOWN:
             self._stored.popitem(last=False)
-
-    def _forget(self, digest: bytes) -> None:
-        self._stored.pop(digest, None)

@@ -209,6 +209,7 @@ class Transfer:
             except FormatError as error:
                 self._counters.add(damaged_blocks=1)
                 self._logger.warning("KV block %s is damaged: %s", key, error)
+                self._guard.delete(key)  # or it would pass for stored
                 break
             decoded.append(list(zip(*sides, strict=True)))
             self._counters.add(loaded_bytes=len(blob))
@@ -230,7 +231,10 @@ class Transfer:
         started, unsaved = time.perf_counter(), []
         try:
             with beside(self._like.device, after):
-                for number, block in enumerate(blocks):
+                keys_of = [store_key(block.digest, self._suffix) for block in blocks]
+                there = self._guard.contains_many(keys_of)  # from another server, or earlier
+                for number in (number for number, found in enumerate(there) if not found):
+                    block = blocks[number]
                     layers = [(keys[number], values[number]) for keys, values in gathered]
                     if not self._store(block, layers):
                         unsaved.append(block.digest)
