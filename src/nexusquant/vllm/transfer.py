@@ -231,10 +231,11 @@ class Transfer:
         started, unsaved = time.perf_counter(), []
         try:
             with beside(self._like.device, after):
-                keys_of = [store_key(block.digest, self._suffix) for block in blocks]
-                there = self._guard.contains_many(keys_of)  # from another server, or earlier
-                for number in (number for number, found in enumerate(there) if not found):
-                    block = blocks[number]
+                names = [store_key(block.digest, self._suffix) for block in blocks]
+                there = self._guard.contains_many(names)  # from another server, or earlier
+                for number, block in enumerate(blocks):
+                    if there[number]:
+                        continue
                     layers = [(keys[number], values[number]) for keys, values in gathered]
                     if not self._store(block, layers):
                         unsaved.append(block.digest)
