@@ -14,7 +14,7 @@ from nexusquant.vllm.settings import Settings
 
 
 def test_settings() -> None:
-    assert Settings.read({"store": "/tmp/kv"}).codec == "e8"
+    assert Settings.read({"store": "/var/cache/kv"}).codec == "e8"
     given: dict[str, Any] = {"store": "redis://h/0", "codec": "raw", "threads": 4}
     assert Settings.read(given) == Settings("redis://h/0", "raw", threads=4)
 
