@@ -92,7 +92,7 @@ class LayerRope:
 
 
 def _nothing() -> None:
-    """Where a weak reference was before pickling."""
+    """Where a weak reference was before pickling or saving."""
 
 
 class RopeBook:
@@ -102,6 +102,13 @@ class RopeBook:
         self.tables: list[RopeTable] = []
         # of the rows last recorded, per table
         self.sources: list[Callable[[], Tensor | None]] = []
+
+    @staticmethod
+    def of(tables: list[RopeTable]) -> RopeBook:
+        """The book of a cache that was made elsewhere: no layer joins these tables any more."""
+        book = RopeBook()
+        book.tables, book.sources = list(tables), [_nothing] * len(tables)
+        return book
 
     def __getstate__(self) -> dict[str, Any]:
         return {"tables": self.tables, "sources": [_nothing] * len(self.sources)}

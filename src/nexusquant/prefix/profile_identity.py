@@ -1,0 +1,93 @@
+"""Which profile codes refer to: a digest of what decoding depends on, and finding that profile."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+
+from torch import nn
+
+from nexusquant.errors import FormatError, ProfileError
+from nexusquant.hf.fingerprint import fingerprint
+from nexusquant.hf.profiles import ProfileLike, find_profile
+from nexusquant.profile import SIDES, Profile
+from nexusquant.profile_store import default_path, load_profile, save_profile
+
+Held = Callable[[], Profile | None]
+
+_digests: weakref.WeakKeyDictionary[Profile, str] = weakref.WeakKeyDictionary()
+
+
+def profile_digest(profile: Profile) -> str:
+    """32 hex digits of the transforms and means of a complete profile."""
+    if profile not in _digests:
+        digest = blake2b(digest_size=16)
+        for index, layer in sorted(profile.layers.items()):
+            for name in SIDES:
+                side = getattr(layer, name)
+                digest.update(f"{index} {name} {tuple(side.mean.shape)} ".encode())
+                for x in (side.inverse, side.mean):
+                    digest.update(x.cpu().contiguous().numpy())
+        _digests[profile] = digest.hexdigest()
+    return _digests[profile]
+
+
+def profile_bytes(profile: Profile) -> bytes:
+    """What `save_profile` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        return save_profile(profile, Path(folder) / "profile").read_bytes()
+
+
+def profile_of_bytes(data: memoryview, model: nn.Module) -> Profile:
+    """Inverse of `profile_bytes`.
+
+    Raises:
+        FormatError: it is none of this model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "profile"
+        path.write_bytes(data)
+        try:
+            return load_profile(path, fingerprint(model))
+        except ProfileError as error:
+            raise FormatError(f"its profile: {error}") from error
+
+
+def matching_profile(
+    model: nn.Module, page: int, wanted: str, given: ProfileLike, held: Held
+) -> Profile:
+    """The profile of a digest: given, known to the model, stored by the user, or held by the file.
+
+    Args:
+        held: the profile of the file, if it has one.
+
+    Raises:
+        ProfileError: none of them is it.
+    """
+    seen = []
+    for profile in _candidates(model, page, given, held):
+        if profile_digest(profile) == wanted:
+            return profile
+        seen.append(profile_digest(profile))
+    have = f"there is {', '.join(seen)}" if seen else "there is none"
+    raise ProfileError(
+        f"these codes need the model's profile {wanted}; {have}. Give the file of the profile that"
+        " the cache was made with (profile=...), or save the cache with its profile."
+    )
+
+
+def _candidates(model: nn.Module, page: int, given: ProfileLike, held: Held) -> Iterator[Profile]:
+    found = find_profile(model, page, given)
+    if found is not None and found.complete:
+        yield found
+    if given is not None:
+        return
+    path = default_path(fingerprint(model), page)
+    if path.is_file():
+        yield load_profile(path, fingerprint(model))
+    own = held()
+    if own is not None:
+        yield own
