@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nexusquant import evaluate
-    from nexusquant.calibration import calibrate
+    from nexusquant.calibration import calibrate, calibrate_store
     from nexusquant.codec import NexusQuantSimple
     from nexusquant.config import PRESETS, CompressionConfig
     from nexusquant.errors import (
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     )
     from nexusquant.hf.cache import NexusCache, attach
     from nexusquant.hf.context import nexusquant_evict
+    from nexusquant.hf.store_profiles import load_store_profile, save_store_profile
+    from nexusquant.prefix.loading import load
+    from nexusquant.prefix.saving import save
     from nexusquant.profile_store import load_profile, save_profile
     from nexusquant.scorers import register_scorer
 
@@ -39,11 +42,16 @@ __all__ = [
     "__version__",
     "attach",
     "calibrate",
+    "calibrate_store",
     "evaluate",
+    "load",
     "load_profile",
+    "load_store_profile",
     "nexusquant_evict",
     "register_scorer",
+    "save",
     "save_profile",
+    "save_store_profile",
 ]
 
 _HOMES = {
@@ -60,10 +68,15 @@ _HOMES = {
     "UnsupportedError": "errors",
     "attach": "hf.cache",
     "calibrate": "calibration",
+    "calibrate_store": "calibration",
+    "load": "prefix.loading",
     "load_profile": "profile_store",
+    "load_store_profile": "hf.store_profiles",
     "nexusquant_evict": "hf.context",
     "register_scorer": "scorers",
+    "save": "prefix.saving",
     "save_profile": "profile_store",
+    "save_store_profile": "hf.store_profiles",
 }
 
 

@@ -18,7 +18,12 @@ from nexusquant.hf.context import outside_blocks
 from nexusquant.hf.fingerprint import forget
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.profiles import Collector, find_profile, remember_profile
-from nexusquant.hf.store_profiles import StoreCollector, remember_store_profile
+from nexusquant.hf.store_profiles import (
+    StoreCollector,
+    find_store_profile,
+    remember_store_profile,
+    save_store_profile,
+)
 from nexusquant.profile import Profile
 from nexusquant.statistics import MIN_DISTINCT, MIN_TOKENS
 
@@ -124,8 +129,6 @@ def _collect(
         )
     training = model.training
     device = "cpu" if model.device.type == "meta" else model.device  # offloaded: hooks move inputs
-    takes = inspect.signature(model.forward).parameters
-    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # the others cost gigabytes
     model.eval()
     try:
         with outside_blocks(model):
@@ -133,10 +136,17 @@ def _collect(
                 report(f"piece {index + 1} of {len(chosen)}, {ids.shape[1]} tokens")
                 cache = DynamicCache(config=text_config(model))
                 compact_layers(cache, model, config, Notices(), collector)
-                model(ids.to(device), past_key_values=cache, use_cache=True, **last)
+                read_prompt(model, ids.to(device), cache)
     finally:
         model.train(training)
     return sum(ids.shape[1] for ids in chosen)
+
+
+def read_prompt(model: Any, ids: Tensor, cache: Any) -> None:
+    """Fill a cache with the tokens `ids` (batch, tokens)."""
+    takes = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # the others cost gigabytes
+    model(ids, past_key_values=cache, use_cache=True, **last)
 
 
 def _need(name: str, value: Any, least: int) -> None:
@@ -165,6 +175,27 @@ def ensure_profile(
         return calibrate(model, tokenizer, [text], pieces=4, rope_page=rope_page, report=report)
     except (ConfigError, ProfileError):
         return None
+
+
+def ensure_store_profile(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    report: Callable[[str], None] = lambda step: None,
+) -> StoreProfile:
+    """The storage profile of `model`, built from `text` and kept if there is none yet.
+
+    Raises:
+        ConfigError, ProfileError: as `calibrate_store` and `save_store_profile` do.
+    """
+    known = find_store_profile(model)
+    if known is None:
+        report("building a storage profile, once (nexusquant calibrate --store)")
+        source = "Python language reference"
+        known = calibrate_store(model, tokenizer, [text], source=source, report=report)
+        save_store_profile(known)
+    return known
 
 
 def _pieces(tokenizer: Any, texts: Iterable[str], tokens: int, count: int) -> list[Tensor]:

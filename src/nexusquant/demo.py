@@ -117,17 +117,22 @@ def timed_run(
     config: CompressionConfig | None,
     max_new_tokens: int,
     on_token: Callable[[int], None] = lambda count: None,
+    open_cache: Callable[[], Any] | None = None,
 ) -> Run:
-    """Greedy generation from `input_ids` `(1, tokens)` with a fresh cache.
+    """Greedy generation from `input_ids` `(1, tokens)`.
 
     Args:
         config: how the cache is compressed; None for the stock `DynamicCache`.
         on_token: called with the number of new tokens as each one is ready.
+        open_cache: gives a cache that holds the first of the tokens; default: a fresh one.
     """
     input_ids = input_ids.to(model.device)
     timer = _TokenTimer(on_token)
     start = time.perf_counter()
-    cache: Any = NexusCache(model, config) if config else DynamicCache(config=model.config)
+    if open_cache is not None:
+        cache: Any = open_cache()
+    else:
+        cache = NexusCache(model, config) if config else DynamicCache(config=model.config)
     output: Any = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),

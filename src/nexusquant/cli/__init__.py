@@ -13,6 +13,7 @@ from nexusquant.cli.calibrate import calibrate
 from nexusquant.cli.coverage import doctor, models
 from nexusquant.cli.info import info
 from nexusquant.cli.measure import evaluate, presets
+from nexusquant.cli.prefix import inspect, pack, verify
 from nexusquant.errors import NexusQuantError
 
 
@@ -56,5 +57,7 @@ def main(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-for command in (demo, generate, evaluate, calibrate, doctor, models, presets, info):
+for command in (
+    demo, generate, evaluate, calibrate, pack, inspect, verify, doctor, models, presets, info,
+):  # fmt: skip
     app.command()(command)

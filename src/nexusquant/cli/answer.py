@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +21,7 @@ from nexusquant.cli.common import (
     parse_settings,
     read,
 )
+from nexusquant.cli.prefix import StoreUrl, behind
 from nexusquant.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,7 +82,12 @@ def generate(
     model: Model,
     prompt_file: PromptFile = None,
     prompt: Annotated[str | None, typer.Option(help="Text, or a question about the file.")] = None,
-    quality: Quality = "balanced",
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            help="Preset; default: balanced, with --prefix what it was saved as, or uncompressed."
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a preset's field; repeatable."),
@@ -90,13 +97,23 @@ def generate(
         bool, typer.Option("--compare", help="Also answer with a plain cache and print both.")
     ] = False,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template if any.")] = True,
+    prefix: Annotated[
+        str | None, typer.Option(help="Go on behind what `pack` wrote: a file, or a store's key.")
+    ] = None,
+    store: StoreUrl = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Generate (greedily) with a compressed cache: text on stdout, statistics on stderr."""
+    """Generate (greedily) with a compressed cache: text on stdout, statistics on stderr.
+
+    With --prefix the prompt is what comes behind it, as it is; --compare then reads all of it again
+    with a plain cache.
+    """
     from nexusquant.config import resolve_config
 
-    config = resolve_config(quality, **parse_settings(settings or []))
+    if store is not None and prefix is None:
+        raise ConfigError("--store: give --prefix, the key of a prefix in it.")
+    config = resolve_config(quality or "balanced", **parse_settings(settings or []))
     parts = [] if prompt_file is None else [read(prompt_file)]
     text = "\n\n".join(parts + ([prompt] if prompt else []))
     if not text.strip():
@@ -107,7 +124,12 @@ def generate(
 
     with quiet_transformers(), progress_steps() as progress:
         network, tokenizer = load_model(folder(model, progress), dtype, device)
-        ids = lab.encode_prompt(tokenizer, text, chat)
+        opened = None
+        if prefix is None:
+            ids = lab.encode_prompt(tokenizer, text, chat)
+        else:
+            wish = config if quality or settings else None
+            ids, opened = behind(prefix, store, network, tokenizer, text, wish)
         limit, wanted = lab.context_limit(network), ids.shape[1] + max_new_tokens
         if limit is not None and wanted > limit:
             typer.echo(
@@ -116,11 +138,14 @@ def generate(
             )
         plain = None
         if compare:
-            plain, run = _both_runs(network, tokenizer, ids, config, max_new_tokens, progress)
+            plain, run = _both_runs(
+                network, tokenizer, ids, config, max_new_tokens, progress, opened
+            )
         else:
-            run = _one_run(network, tokenizer, ids, config, max_new_tokens, progress)
+            run = _one_run(network, tokenizer, ids, config, max_new_tokens, progress, opened)
     if plain is not None:
-        _print_comparison(Console(stderr=True), plain, run, ", ".join([quality, *(settings or [])]))
+        names = [quality or ("as stored" if prefix else "balanced"), *(settings or [])]
+        _print_comparison(Console(stderr=True), plain, run, ", ".join(names))
     typer.echo(run.answer)
     per_token = run.seconds_per_token
     speed = "" if per_token is None else f", then {1000 * per_token:.1f} ms per token"
@@ -134,16 +159,17 @@ def _one_run(
     config: CompressionConfig | None,
     max_new_tokens: int,
     progress: Steps,
+    opened: Callable[[], Any] | None = None,
 ) -> Run:
     from nexusquant.demo import timed_run
 
-    kind = "Compressed" if config else "Plain"
-    progress.step(f"{kind} cache: reading {ids.shape[1]:,} tokens")
+    kind = "Stored" if opened else "Compressed" if config else "Plain"
+    progress.step(f"{kind} cache: {'loading' if opened else 'reading'} {ids.shape[1]:,} tokens")
 
     def on_token(count: int) -> None:
         progress.tick(f"{kind} cache: token {count} of at most {max_new_tokens}")
 
-    return timed_run(model, tokenizer, ids, config, max_new_tokens, on_token)
+    return timed_run(model, tokenizer, ids, config, max_new_tokens, on_token, opened)
 
 
 def _both_runs(
@@ -153,12 +179,13 @@ def _both_runs(
     config: CompressionConfig,
     max_new_tokens: int,
     progress: Steps,
+    opened: Callable[[], Any] | None = None,
 ) -> tuple[Run, Run]:
     from nexusquant.demo import warm_up
 
     warm_up(model, ids)
     plain = _one_run(model, tokenizer, ids, None, max_new_tokens, progress)
-    return plain, _one_run(model, tokenizer, ids, config, max_new_tokens, progress)
+    return plain, _one_run(model, tokenizer, ids, config, max_new_tokens, progress, opened)
 
 
 def _print_comparison(console: Console, plain: Run, compressed: Run, settings: str) -> None:

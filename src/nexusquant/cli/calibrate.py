@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nexusquant.cli.common import Device, Dtype, Model, folder, read
 from nexusquant.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nexusquant.entropy.profile import StoreProfile
+    from nexusquant.profile import Profile
 
 
 def calibrate(
@@ -27,6 +31,9 @@ def calibrate(
             min=0, help="Key frame, as in the settings it will be used with; default: the presets'."
         ),
     ] = None,
+    store: Annotated[
+        bool, typer.Option("--store", help="The profile that `pack` and stored prefixes need.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File; default: the user's cache folder.")
     ] = None,
@@ -39,9 +46,10 @@ def calibrate(
     the Python language reference that every Python carries.
     """
     from nexusquant.calibration import calibrate as build
-    from nexusquant.calibration import own_text
+    from nexusquant.calibration import calibrate_store, own_text
     from nexusquant.config import CompressionConfig
     from nexusquant.demo import calibration_text
+    from nexusquant.hf.store_profiles import save_store_profile
     from nexusquant.loading import load_model
     from nexusquant.profile_store import save_profile
     from nexusquant.progress import progress_steps, quiet_transformers
@@ -50,6 +58,8 @@ def calibrate(
     if tokens < MIN_TOKENS:
         raise ConfigError(f"--tokens {tokens}: a profile needs at least {MIN_TOKENS}.")
     page = CompressionConfig.rope_page if rope_page is None else rope_page
+    if store and rope_page is not None:
+        raise ConfigError("--rope-page: stored keys have no RoPE at all, leave it out.")
     if text and self_:
         raise ConfigError("--text and --self: give one of them.")
     contents = [read(path) for path in text or []]
@@ -63,11 +73,16 @@ def calibrate(
         else:
             source = ", ".join(path.name for path in text or []) or "Python language reference"
             contents = contents or [calibration_text()]
-        profile = build(
-            network, tokenizer, contents, tokens=tokens, pieces=pieces, rope_page=page,
-            source=source, report=progress.step,
-        )  # fmt: skip
-        path = save_profile(profile, output)
+        options: dict[str, Any] = {
+            "tokens": tokens, "pieces": pieces, "source": source, "report": progress.step,
+        }  # fmt: skip
+        profile: Profile | StoreProfile
+        if store:
+            profile = calibrate_store(network, tokenizer, contents, **options)
+            path = save_store_profile(profile, output)
+        else:
+            profile = build(network, tokenizer, contents, rope_page=page, **options)
+            path = save_profile(profile, output)
     typer.echo(
         f"{len(profile.layers)} layers from {profile.tokens:,} tokens of {source}:"
         f" {profile.nbytes / 2**20:.1f} MiB, shared by all sequences\n{path}"

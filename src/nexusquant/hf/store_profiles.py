@@ -164,3 +164,14 @@ def find_store_profile(model: nn.Module, given: StoreProfileLike = None) -> Stor
         if found is not None:
             _known[model] = found
         return found
+
+
+def need_store_profile(model: nn.Module, given: StoreProfileLike = None) -> StoreProfile:
+    """The storage profile to use. Raises `ProfileError` if there is none."""
+    found = find_store_profile(model, given)
+    if found is None:
+        raise ProfileError(
+            "this model has no storage profile yet: run `nexusquant calibrate MODEL --store` once,"
+            " or nexusquant.calibrate_store(model, tokenizer, texts)."
+        )
+    return found

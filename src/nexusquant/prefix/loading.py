@@ -1,0 +1,150 @@
+"""`load`: prefixes from files and stores."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from nexusquant.config import CompressionConfig
+from nexusquant.entropy.profile import StoreProfile, profile_from_bytes
+from nexusquant.errors import ConfigError, FormatError, StoreError, UnsupportedError
+from nexusquant.hf.cache import checked_model
+from nexusquant.hf.fingerprint import fingerprint
+from nexusquant.hf.profiles import ProfileLike
+from nexusquant.hf.store_profiles import (
+    StoreProfileLike,
+    find_store_profile,
+    need_store_profile,
+)
+from nexusquant.nxq import Reader
+from nexusquant.prefix import coded
+from nexusquant.prefix.live import load_live
+from nexusquant.prefix.payloads import PAYLOADS as LIVE_CODECS
+from nexusquant.prefix.restore import live_cache, stock_cache
+from nexusquant.stores import Store
+
+T = TypeVar("T")
+
+
+def load(
+    place: str | Path | bytes | Store,
+    model: nn.Module,
+    *,
+    key: str | None = None,
+    quality: str | CompressionConfig | None = None,
+    profile: ProfileLike = None,
+    store_profile: StoreProfileLike = None,
+    report: Callable[[str], None] = lambda step: None,
+) -> Any:
+    """The cache that a prefix was saved from: pass it as `past_key_values` and go on.
+
+    Args:
+        place: a path, the bytes of a file, or a store.
+        key: in the store.
+        quality: of an entropy-coded prefix: None gives a `DynamicCache` of transformers; a preset
+            or config a `NexusCache`, which evicts nothing of the prefix. What was saved compressed
+            ("raw", ...) comes back as it was.
+        profile: of live caches, as for `NexusCache`.
+        store_profile: default: the one in the file, else the model's.
+
+    Raises:
+        FormatError: not an .nxq file, damaged, or none that this version reads.
+        ProfileError: the profile that it was coded with is not there.
+        StoreError: it cannot be read, or the store has no such key.
+        UnsupportedError: it is another model's.
+        ConfigError: arguments that do not fit together.
+    """
+    model = checked_model(model)
+    with open_prefix(place, key) as reader:
+        check_model(reader, model)
+        codec = reader.meta.get("codec")
+        if codec in LIVE_CODECS:
+            if quality is not None:
+                raise ConfigError(
+                    f"this prefix was saved as it was compressed (codec {codec!r}): it has its"
+                    " quality, load it with quality=None."
+                )
+            return load_live(reader, model, profile)
+        if codec != coded.NAME:
+            raise FormatError(
+                f"codec {codec!r} is not known: {coded.NAME}, {', '.join(LIVE_CODECS)} are."
+            )
+        known = _embedded(reader, model) or need_store_profile(model, store_profile)
+        decoded = coded.decode_prefix(reader, model, known, report)
+    if quality is None:
+        return stock_cache(decoded, model)
+    return live_cache(decoded, model, quality, profile)
+
+
+def open_prefix(place: str | Path | bytes | Store, key: str | None = None) -> Reader:
+    """An open prefix, of which only what is read is fetched.
+
+    Raises:
+        FormatError, StoreError, ConfigError: as `load` does.
+    """
+    if isinstance(place, Store):
+        if key is None:
+            raise ConfigError("a store holds many prefixes: give the key of one.")
+        return Reader.open(_InStore(place, key), f"{place.where}: {key}")
+    if key is not None:
+        raise ConfigError("key is for stores; a file has its path.")
+    return Reader.open(place if isinstance(place, bytes) else Path(place).expanduser())
+
+
+def prefix_tokens(reader: Reader) -> list[int] | None:
+    """Token ids of a prefix, None if it was saved without.
+
+    Raises:
+        FormatError: they are damaged.
+    """
+    if "tokens" not in reader.streams:
+        return None
+    ids = array("I", bytes(reader.read("tokens", 0)))
+    if ids.itemsize != 4 or len(ids) != reader.meta.get("tokens"):
+        raise FormatError(f"{len(ids)} token ids of {reader.meta.get('tokens')} tokens: damaged.")
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return ids.tolist()
+
+
+def check_model(reader: Reader, model: nn.Module) -> None:
+    """Raises `UnsupportedError` unless the prefix is of this model."""
+    theirs, mine = reader.meta.get("fingerprint"), fingerprint(model)
+    if theirs != mine:
+        raise UnsupportedError(
+            f"this prefix is of another model: its fingerprint is {theirs}"
+            f" ({reader.meta.get('model_type')}), this model's {mine}. Other weights have other"
+            " keys and values."
+        )
+
+
+class _InStore:
+    """A value of a store, read in ranges."""
+
+    def __init__(self, store: Store, key: str) -> None:
+        self._store, self._key = store, key
+
+    def size(self) -> int:
+        """Bytes."""
+        return self._found(self._store.size(self._key))
+
+    def read(self, start: int, stop: int) -> bytes:
+        """A range of them."""
+        return self._found(self._store.get_range(self._key, start, stop))
+
+    def _found(self, found: T | None) -> T:
+        if found is None:
+            raise StoreError(f"{self._store.where} has no {self._key} (any more).")
+        return found
+
+
+def _embedded(reader: Reader, model: nn.Module) -> StoreProfile | None:
+    if "profile" not in reader.streams:
+        return None
+    profile = profile_from_bytes(bytes(reader.read("profile", 0)), "the profile in this file")
+    return find_store_profile(model, profile)
