@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,16 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nexusquant.entropy.classes import CLASSES, UNKNOWN, Classes, Ints, parts
 from nexusquant.entropy.layer import LayerCode
 from nexusquant.entropy.profile import (
     COARSEST,
     FINEST,
+    LEVELS,
     OCTAVE,
     QueryMoments,
     StoreProfile,
     StoreSide,
 )
-from nexusquant.entropy.symbols import CLASSES, REACH, SYMBOLS, Classes, Ints, Tables
+from nexusquant.entropy.symbols import REACH, SYMBOLS, Tables
 from nexusquant.errors import ProfileError
 from nexusquant.math.e8 import GROUP
 from nexusquant.profile import SIDES, LayerProfile, Shared
@@ -33,6 +35,7 @@ _PRIOR = 64.0
 """Weight, in symbols, of a Laplacian in the frequencies: few samples do not rule anything out."""
 _COUNTED = range(-9 * OCTAVE, -4 * OCTAVE, OCTAVE)
 """Step numbers that symbols are counted at: they meet all classes."""
+_COUNTED_TOKENS = 2048  # of a layer: each has a hundred numbers or more at every step
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def _side(layer: LayerProfile, name: str, weight: Tensor, samples: list[Tensor])
 
 
 def _level(variance: Tensor) -> Tensor:
-    return (OCTAVE / 2 * variance.clamp(min=1e-30).log2()).round().short()
+    return (OCTAVE / 2 * variance.clamp(min=1e-30).log2()).round().clamp(max=LEVELS).short()
 
 
 def _laplacian() -> Tables:
@@ -146,25 +149,31 @@ def _counted(draft: StoreProfile, samples: dict[int, list[Sample]]) -> Tables:
     """Frequencies of symbols in the samples."""
     values = draft.tables.values.astype(np.float64) / _TOTAL * _PRIOR
     cosets = draft.tables.cosets.astype(np.float64) / _TOTAL * _PRIOR
-    for step in _COUNTED:
-        for index in draft.layers:
-            code = LayerCode(draft, index, step)
-            for sample in samples[index]:
-                for n, coset, classes in code.points(sample.key, sample.value):
+    for index in draft.layers:
+        for key, value in _some(samples[index]):
+            for step in _COUNTED:
+                for n, coset, classes in LayerCode(draft, index, step).points(key, value):
                     _count(n, coset, classes, values, cosets)
     return Tables(_integers(values), _integers(cosets))
+
+
+def _some(samples: list[Sample]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys and values from the middle of all texts, `_COUNTED_TOKENS` at most."""
+    count = max(_COUNTED_TOKENS // len(samples), 1)
+    for sample in samples:
+        start = max(sample.key.shape[1] - count, 0) // 2
+        yield sample.key[:, start : start + count], sample.value[:, start : start + count]
 
 
 def _count(
     n: Ints, coset: Ints, classes: Classes, values: NDArray[Any], cosets: NDArray[Any]
 ) -> None:
     """Add a page's symbols."""
-    known = classes.drop == 0
-    where = (classes.side[:, None] * CLASSES + classes.value) * 2 + coset[..., None]
-    symbol = np.where((n < -REACH) | (n >= REACH), 2 * REACH, n + REACH)
-    at = (where * SYMBOLS + symbol)[known]
+    model = classes.number_keys(coset, np.full_like(coset, UNKNOWN), 0, GROUP).astype(np.int64) // 3
+    symbol = np.minimum((n.reshape(-1) + REACH).view(np.uint32), 2 * REACH)
+    at = (model * SYMBOLS + symbol)[model < values.size // SYMBOLS]  # no bits dropped
     values += np.bincount(at, minlength=values.size).reshape(values.shape)
-    at = ((classes.side * CLASSES + classes.coset) * 2 + coset).ravel()
+    at = (classes.coset_keys().astype(np.int64) * 2 + coset).ravel()
     cosets += np.bincount(at, minlength=cosets.size).reshape(cosets.shape)
 
 
@@ -172,21 +181,22 @@ def _rates(profile: StoreProfile) -> Tensor:
     """Bits per element that steps take of what is distributed as the tables say."""
     one = _entropy(profile.tables.cosets)
     share = profile.tables.cosets / profile.tables.cosets.sum(-1, keepdims=True)
-    parts = [profile.tables.values[..., parity:-1:2] for parity in (0, 1)]
+    halves = [profile.tables.values[..., parity:-1:2] for parity in (0, 1)]
     free = (_entropy(profile.tables.values) * share).sum(-1)
-    told = (sum(_entropy(part) for part in parts) / 2 * share).sum(-1)
+    told = (sum(_entropy(half) for half in halves) / 2 * share).sum(-1)
     elements = sum(len(side.mean) for layer in profile.layers.values() for side in layer)
     rates = []
     for step in range(FINEST, COARSEST + 1, OCTAVE):
         bits = 0.0
         for index in profile.layers:
             page = LayerCode(profile, index, step).classes(torch.zeros(2, dtype=torch.int16))
-            side, cls, drop = page.side, page.value[1], page.drop[1].astype(np.float64)
-            bits += float(one[side, page.coset[1]].sum())
-            bits += float((free[side[:, None], cls[:, 1:]] + drop[:, 1:]).sum())
-            first, dropped = cls[:, 0], drop[:, 0]
-            known = np.where(dropped == 0, told[side, first], free[side, first] + dropped - 1)
-            bits += float(known.sum())
+            bits += float(one.reshape(-1)[page.coset_keys()[1]].sum())
+            none = np.zeros(page.shape, np.int32)
+            keys = page.number_keys(none, none + UNKNOWN, 0, GROUP).reshape(2, -1, GROUP)[1]
+            of = parts(keys.astype(np.int32))
+            each = free[of.side, of.cls] + of.drop
+            known = np.where(of.drop == 0, told[of.side, of.cls], each - 1)
+            bits += float(each[:, 1:].sum() + known[:, 0].sum())
         rates.append(bits / elements)
     return torch.tensor(rates).cummin(0).values
 

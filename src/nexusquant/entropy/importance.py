@@ -51,6 +51,6 @@ def extra_steps(
             expected += logits.softmax(0) * tokens / group
         score = (expected + FLOOR) * size
         weight += score / score.mean().clamp(min=1e-30)
-    level = weight.clamp(min=1e-9).log2()
+    level = weight.nan_to_num(0).clamp(min=1e-9).log2()  # who encodes refuses NaN
     finer = POWER * (level - level.mean()) * (OCTAVE / UNIT)
     return (-finer).round().clamp(FINER, COARSER).to(torch.int16) * UNIT

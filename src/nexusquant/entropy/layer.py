@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nexusquant.entropy.lattice import NOISE, Steps, quantize, reconstruct
-from nexusquant.entropy.profile import OCTAVE, StoreProfile, StoreSide
-from nexusquant.entropy.symbols import Classes, classify, decode, encode
+from nexusquant.entropy.classes import Classes
+from nexusquant.entropy.lattice import Steps, quantize, reconstruct
+from nexusquant.entropy.profile import COARSEST, FINEST, OCTAVE, StoreProfile, StoreSide
+from nexusquant.entropy.symbols import decode, encode
 from nexusquant.errors import FormatError, NonFiniteError, ProfileError
 from nexusquant.math.e8 import GROUP
 
@@ -35,6 +38,12 @@ class LayerCode:
     profile: StoreProfile
     layer: int
     step: int
+
+    def __post_init__(self) -> None:
+        if self.layer not in self.profile.layers:
+            raise ProfileError(f"the storage profile does not know layer {self.layer}.")
+        if not FINEST <= self.step <= COARSEST:
+            raise FormatError(f"step number {self.step}, not {FINEST} to {COARSEST}: damaged.")
 
     @property
     def sides(self) -> tuple[StoreSide, StoreSide]:
@@ -62,16 +71,14 @@ class LayerCode:
         """What `encode` codes, page by page: n (tokens, groups, 8), coset (tokens, groups)."""
         tokens = keys.shape[1]
         extra = torch.zeros(tokens, dtype=torch.int16) if extra is None else extra
+        both = zip(self.sides, self._coded, (keys, values), strict=True)
+        y = torch.cat([self._enter(*one) for one in both], -1)
         paged = _paged(extra[:, None], page)[..., 0]
-        found = [
-            quantize(_paged(self._enter(side, x), page), self._steps(side, paged))
-            for side, x in zip(self.sides, (keys, values), strict=True)
-        ]
+        n, coset = (x.numpy() for x in quantize(_paged(y, page), self._steps(paged)))
         for i in range(len(paged)):
             count = min(page, tokens - i * page)
-            n, coset = (torch.cat([side[k][i, :count] for side in found], -1) for k in (0, 1))
-            points = n.numpy().reshape(count, -1, GROUP)
-            yield points, coset.numpy().astype(np.int32), self.classes(paged[i, :count])
+            points = n[i, :count].reshape(count, -1, GROUP)
+            yield points, coset[i, :count].astype(np.int32), self.classes(paged[i, :count])
 
     def decode(
         self, pages: list[bytes | memoryview], counts: list[int], extra: Tensor | None = None
@@ -81,32 +88,33 @@ class LayerCode:
         Raises:
             FormatError: damaged pages.
         """
+        if len(pages) != len(counts) or min(counts, default=1) < 1:
+            raise FormatError(f"{len(pages)} pages of {counts} tokens: damaged.")
         heads, *dims = self.profile.shapes[self.layer]
-        page = max(counts)
-        real = torch.arange(page) < torch.tensor(counts)[:, None]
+        page = max(counts, default=1)
+        real = torch.arange(page) < torch.tensor(counts, dtype=torch.int64)[:, None]
         paged = torch.zeros(real.shape, dtype=torch.int16)
         if extra is not None:
+            if len(extra) != sum(counts):
+                raise FormatError(f"{len(extra)} steps for {sum(counts)} tokens: damaged.")
             paged[real] = extra
-        widths = [self._coded(side) for side in self.sides]
-        n = torch.zeros(len(pages), page, sum(widths), dtype=torch.int32)
-        coset = torch.zeros(len(pages), page, sum(widths) // GROUP, dtype=torch.int32)
+        width = sum(self._coded)
+        n = torch.zeros(*real.shape, width, dtype=torch.int32)
+        coset = torch.zeros(*real.shape, width // GROUP, dtype=torch.bool)
         for i, (data, count) in enumerate(zip(pages, counts, strict=True)):
-            points, cosets = decode(data, self.classes(paged[i, :count]), self.profile.tables)
+            points, bits = decode(data, self.classes(paged[i, :count]), self.profile.tables)
             n[i, :count] = torch.from_numpy(points.reshape(count, -1))
-            coset[i, :count] = torch.from_numpy(cosets)
-        out = []
-        for side, dim, part, bits in zip(
-            self.sides, dims, n.split(widths, -1),
-            coset.split([w // GROUP for w in widths], -1), strict=True,
-        ):  # fmt: skip
-            y = reconstruct(part, bits, self._steps(side, paged))[real]
-            x = y @ side.inverse[:, : y.shape[1]].T + side.mean
-            if not bool(torch.isfinite(x).all()):
-                raise FormatError(f"layer {self.layer} decodes to NaN or infinity: damaged.")
-            out.append(x.unflatten(-1, (heads, dim)).transpose(0, 1))
-        return out[0], out[1]
+            coset[i, :count] = torch.from_numpy(bits != 0)
+        y = reconstruct(n, coset, self._steps(paged))
+        y = y.flatten(0, 1) if bool(real.all()) else y[real]
+        both = zip(self.sides, dims, y.split(self._coded, -1), strict=True)
+        keys, values = (
+            self._leave(side, part).unflatten(-1, (heads, dim)).transpose(0, 1)
+            for side, dim, part in both
+        )
+        return keys, values
 
-    def _enter(self, side: StoreSide, x: Tensor) -> Tensor:
+    def _enter(self, side: StoreSide, coded: int, x: Tensor) -> Tensor:
         """(kv_heads, tokens, dim) to the coded coordinates (tokens, coded)."""
         wide = x.detach().float().cpu().transpose(0, 1).flatten(1)
         if wide.shape[1] != len(side.mean):
@@ -114,52 +122,51 @@ class LayerCode:
                 f"the storage profile has {len(side.mean)} dimensions in layer {self.layer}, the"
                 f" cache has {wide.shape[1]}: it is another model's."
             )
-        if not bool(torch.isfinite(wide).all()):
+        if not math.isfinite(float(wide.sum())):
             raise NonFiniteError(f"NaN or infinity in layer {self.layer}.")
-        return (wide - side.mean) @ side.matrix[: self._coded(side)].T
+        return (wide - side.mean) @ side.matrix[:coded].T
 
-    def _coded(self, side: StoreSide) -> int:
-        """Leading coordinates that are coded; the others stay at their mean."""
-        loud = (side.group.amax(0) - self.step >= _QUIET).nonzero()
-        return (int(loud[-1]) + 1) * GROUP if len(loud) else 0
+    def _leave(self, side: StoreSide, y: Tensor) -> Tensor:
+        """Inverse of `_enter`, (tokens, dim)."""
+        x = torch.addmm(side.mean, y, side.inverse[:, : y.shape[1]].T)
+        if not math.isfinite(float(x.sum())):
+            raise FormatError(f"layer {self.layer} decodes to NaN or infinity: damaged.")
+        return x
 
-    def _steps(self, side: StoreSide, extra: Tensor) -> Steps:
+    @cached_property
+    def _coded(self) -> list[int]:
+        """Leading coordinates of keys and values that are coded; the others stay at their mean."""
+        loud = [(side.group.amax(0) - self.step >= _QUIET).nonzero() for side in self.sides]
+        return [(int(groups[-1]) + 1) * GROUP if len(groups) else 0 for groups in loud]
+
+    def _joint(self, name: str, size: int = 1) -> Tensor:
+        """What both sides have of their coded coordinates, or groups of `size`, in a row."""
+        both = zip(self.sides, self._coded, strict=True)
+        return torch.cat([getattr(side, name)[..., : n // size] for side, n in both], -1)
+
+    @cached_property
+    def _known(self) -> tuple[Tensor, Tensor, Classes]:
+        """Variances and decays, as in `Steps`, and the classes of tokens without `extra`."""
+        level, group = self._joint("level"), self._joint("group", GROUP)
+        variance = torch.exp2(2 / OCTAVE * level.float())
+        side = np.repeat(np.arange(2, dtype=np.int32), [n // GROUP for n in self._coded])
+        value, coset = ((x.int() - self.step).numpy() for x in (level, group))
+        classes = Classes(side, coset, value.reshape(2, -1, GROUP), np.zeros(0, np.int32))
+        return variance, self._joint("decay").float(), classes
+
+    def _steps(self, extra: Tensor) -> Steps:
         """Of pages whose tokens have `extra` (pages, tokens)."""
-        coded = self._coded(side)
-        size = torch.exp2((extra[..., None].float() + self.step) / OCTAVE)
-        level = side.level[_which(extra.shape[1]), :coded].float()
-        variance = torch.exp2(2 * level / OCTAVE)
-        shrink = variance / (variance + NOISE * size.square())
-        return Steps(size, shrink, side.decay[:coded].float())
+        variance, decay, _ = self._known
+        return Steps(torch.exp2((extra.float() + self.step) / OCTAVE), variance, decay)
 
     def classes(self, extra: Tensor) -> Classes:
         """Of a page whose tokens have `extra`."""
-        widths = [self._coded(side) for side in self.sides]
-
-        def levels(name: str, size: int) -> NDArray[np.int32]:
-            parts = [
-                getattr(side, name)[:, : width // size]
-                for side, width in zip(self.sides, widths, strict=True)
-            ]
-            level = torch.cat(parts, -1)[_which(len(extra))].int()
-            return (level - self.step - extra[:, None].int()).numpy()
-
-        value, drop = classify(levels("level", 1))
-        coset, _ = classify(levels("group", GROUP))
-        groups = [width // GROUP for width in widths]
-        shape = (len(extra), sum(groups), GROUP)
-        side = np.repeat(np.arange(2, dtype=np.int16), groups)
-        return Classes(side, coset, value.reshape(shape), drop.reshape(shape))
-
-
-def _which(tokens: int) -> list[int]:
-    """Row of the levels that every token of a page has."""
-    return [0] + [1] * (tokens - 1)
+        return replace(self._known[2], extra=extra.int().numpy())
 
 
 def _paged(x: Tensor, page: int) -> Tensor:
     """(tokens, n) to (pages, page, n), with zeros behind."""
     pages = -(-len(x) // page)
-    return torch.cat([x, x.new_zeros(pages * page - len(x), x.shape[1])]).view(
-        pages, page, x.shape[1]
-    )
+    if len(x) < pages * page:
+        x = torch.cat([x, x.new_zeros(pages * page - len(x), x.shape[1])])
+    return x.view(pages, page, x.shape[1])

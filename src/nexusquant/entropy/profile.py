@@ -22,7 +22,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from nexusquant.entropy.symbols import CLASSES, SYMBOLS, Tables
+from nexusquant.entropy.classes import CLASSES
+from nexusquant.entropy.symbols import SYMBOLS, Tables
 from nexusquant.errors import ProfileError
 from nexusquant.math.e8 import GROUP
 
@@ -31,6 +32,8 @@ OCTAVE = 12
 """Levels, and step numbers, per factor 2."""
 FINEST, COARSEST = -20 * OCTAVE, 4 * OCTAVE
 """Step numbers s that a profile knows the rate of; the step is 2^(s / OCTAVE)."""
+LEVELS = 60 * OCTAVE
+"""Levels are between minus this and this: squares of such deviations are fp32 numbers."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,20 @@ class StoreSide:
 
     @cached_property
     def inverse(self) -> Tensor:
-        """Of `matrix`, fp32."""
-        return torch.linalg.inv(self.forward.double() * self.scale.double()).float()
+        """Of `matrix`, fp32.
+
+        Raises:
+            ProfileError: it has none.
+        """
+        try:
+            found = torch.linalg.inv(self.forward.double() * self.scale.double()).float()
+        except RuntimeError as error:
+            raise ProfileError(
+                f"a transform of the storage profile is singular ({error})"
+            ) from error
+        if not bool(torch.isfinite(found).all()):
+            raise ProfileError("a transform of the storage profile is all but singular: damaged.")
+        return found
 
 
 @dataclass(frozen=True)
@@ -220,7 +235,9 @@ def _side(tensors: dict[str, Tensor], prefix: str, heads: int, dim: int) -> Stor
         x = getattr(side, name)
         if tuple(x.shape) != shape or x.dtype != dtype or not bool(torch.isfinite(x).all()):
             raise ValueError(f"{prefix}.{name} has a wrong shape, dtype or value")
-    if not bool((side.decay.abs() < 1).all()) or float(side.scale) <= 0 or size % GROUP:
+    loudest = max(int(x.int().abs().max()) for x in (side.level, side.group))
+    bounded = bool((side.decay.abs() < 1).all()) and loudest <= LEVELS
+    if not bounded or float(side.scale) <= 0 or size % GROUP:
         raise ValueError(f"{prefix} has wrong values")
     return side
 

@@ -4,9 +4,9 @@ The coset bits come first. Then, given them, the integers n but for the first of
 those, of which the others have told the parity (their sum is even). That reaches the joint entropy
 of independent coordinates; to code doubled coordinates one by one would cost 1 bit each more.
 
-Every number has a class: its deviation over the step, in thirds of an octave, known to both sides
-from the profile. All numbers of a class are coded in a row with one table. Classes above the last
-one drop bits until they fit; the dropped bits are coded as they are.
+Both sides know a key of every number (`nexusquant.entropy.classes`); all numbers of one key are
+coded in a row with one table, keys ascending. Then numbers that have no symbol, then the bits that
+were dropped, fewest first.
 """
 
 from __future__ import annotations
@@ -18,22 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nexusquant.entropy.classes import CLASSES, KEYS, UNKNOWN, Classes, Ints, Keys, order, parts
 from nexusquant.errors import FormatError, NonFiniteError
 from nexusquant.extras import need
+from nexusquant.math.e8 import GROUP
 
-CLASSES = 16
-"""Deviations of 2^-3 to 2^2 steps, and what is below."""
-OCTAVE = 3  # classes
 REACH = 40
 """n of -40 to 39 have a symbol of their own; the last symbol announces one that has not."""
 SYMBOLS = 2 * REACH + 1
-UNKNOWN = 2
-"""For a parity that is not known."""
 _DRAW = 12  # bits of numbers without a symbol that are coded at a time, twice
 _DRAWN = 1 << _DRAW
 _WIDE = 1 << (2 * _DRAW - 1)
-
-Ints = NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,30 +67,6 @@ def _model(counts: NDArray[np.uint16]) -> Any:
     return need("constriction").stream.model.Categorical(share.astype(np.float32), perfect=False)
 
 
-@dataclass(frozen=True)
-class Classes:
-    """What both sides know of a page before any of its bytes, coded groups only.
-
-    Attributes:
-        side: (groups,) 0 for keys, 1 for values.
-        coset: (tokens, groups) int16, classes of the coset bits.
-        value: (tokens, groups, 8) int16, classes of the numbers.
-        drop: (tokens, groups, 8) int16, bits coded as they are.
-    """
-
-    side: NDArray[np.int16]
-    coset: NDArray[np.int16]
-    value: NDArray[np.int16]
-    drop: NDArray[np.int16]
-
-
-def classify(level: NDArray[Any]) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
-    """Class and dropped bits of deviations given as 12 log2(deviation / step)."""
-    cls = np.maximum((level + 38) // 4, 0)
-    drop = np.maximum(-((CLASSES - 1 - cls) // OCTAVE), 0)
-    return (cls - OCTAVE * drop).astype(np.int16), drop.astype(np.int16)
-
-
 class _Encoder:
     """The direction in which symbols are known."""
 
@@ -125,8 +96,8 @@ def encode(n: Ints, coset: Ints, classes: Classes, tables: Tables) -> bytes:
     Raises:
         NonFiniteError: a number of 2^23 steps or more.
     """
-    if n.size and int(np.abs(n).max()) >= _WIDE:
-        raise NonFiniteError(f"a vector is {int(np.abs(n).max())} steps long: too many to code.")
+    if n.size and max(int(n.max()), -int(n.min())) >= _WIDE:
+        raise NonFiniteError(f"vectors of {_WIDE} steps or more: too long to code.")
     coder = _Encoder()
     _page(coder, n.copy(), coset.copy(), classes, tables)
     return bytes(coder.coder.get_compressed().astype("<u4").tobytes())
@@ -140,8 +111,8 @@ def decode(data: bytes | memoryview, classes: Classes, tables: Tables) -> tuple[
     """
     if len(data) % 4:
         raise FormatError(f"a page of {len(data)} bytes, which is no multiple of 4: damaged.")
-    n = np.zeros(classes.value.shape, np.int32)
-    coset = np.zeros(classes.coset.shape, np.int32)
+    n = np.zeros((*classes.shape, GROUP), np.int32)
+    coset = np.zeros(classes.shape, np.int32)
     try:
         _page(_Decoder(data), n, coset, classes, tables)
     # What constriction raises for data that the models cannot have made.
@@ -154,54 +125,60 @@ def _page(
     coder: _Encoder | _Decoder, n: Ints, coset: Ints, classes: Classes, tables: Tables
 ) -> None:
     """Code a page; where symbols are found out, they are written into n and coset."""
-    side = classes.side.astype(np.int32)
-    flat = coset.reshape(-1)
-    for key, at in _runs((side * CLASSES + classes.coset).reshape(-1)):
-        flat[at] = coder.code(flat[at], tables.coset(*divmod(key, CLASSES)))
-    where = ((side[:, None] * CLASSES + classes.value) * 2 + coset[..., None]) * 3
-    unknown = np.broadcast_to(np.int32(UNKNOWN), n[..., 1:].shape)
-    n[..., 1:] = _numbers(coder, n[..., 1:], where[..., 1:], classes.drop[..., 1:], unknown, tables)
+    if not coset.size:
+        return
+    where, counts = order(classes.coset_keys().reshape(-1), 2 * CLASSES)
+    bits = coset.reshape(-1)[where]
+    for key, at in _runs(counts):
+        bits[at] = coder.code(bits[at], tables.coset(*divmod(key, CLASSES)))
+    coset.reshape(-1)[where] = bits
+    keys = classes.number_keys(coset, np.full_like(coset, UNKNOWN), 1, GROUP)
+    n[..., 1:] = _numbers(coder, n[..., 1:], keys, None, tables)
     parity = n[..., 1:].sum(-1, dtype=np.int32) & 1
-    n[..., 0] = _numbers(coder, n[..., 0], where[..., 0], classes.drop[..., 0], parity, tables)
+    keys = classes.number_keys(coset, parity, 0, 1)
+    n[..., 0] = _numbers(coder, n[..., 0], keys, parity, tables)
 
 
 def _numbers(
-    coder: _Encoder | _Decoder,
-    n: Ints,
-    where: Ints,
-    drop: NDArray[np.int16],
-    parity: Ints,
-    tables: Tables,
+    coder: _Encoder | _Decoder, n: Ints, keys: Keys, parity: Ints | None, tables: Tables
 ) -> Ints:
-    """Code numbers whose lowest bit is `parity` where that is known; returns them."""
-    shape = n.shape
-    n, drop, parity = n.reshape(-1), drop.reshape(-1).astype(np.int32), parity.reshape(-1)
-    known = np.where(drop == 0, parity, UNKNOWN)
-    halved = known != UNKNOWN
-    offset, top = REACH - np.where(halved, known, 0), np.where(halved, REACH, 2 * REACH)
-    symbol = ((n >> drop) + offset) >> halved
-    symbol = np.where((symbol < 0) | (symbol >= top), top, symbol).astype(np.int32)
-    for key, at in _runs(where.reshape(-1) + known):
-        cls, is_known = divmod(key, 3)
-        side_class, coset = divmod(cls, 2)
-        model = tables.value(*divmod(side_class, CLASSES), coset, is_known)
-        symbol[at] = coder.code(symbol[at], model)
+    """Code numbers with these keys; returns them. `parity`: their lowest bits, if known."""
+    where, counts = order(keys, KEYS)
+    runs = _runs(counts)
+    of = parts(np.array([key for key, _ in runs], np.int32))
+    halved = (of.known != UNKNOWN).astype(np.int32)
+    each = counts[counts > 0]
+    drop, offset = _each(of.drop, each), _each(REACH - of.known * halved, each)
+    top, halved = _each(2 * REACH >> halved, each), _each(halved, each)
+    n, shape = n.reshape(-1)[where], n.shape
+    shifted = ((n >> drop) + offset) >> halved
+    # As unsigned numbers, negative ones are large.
+    symbol: Ints = np.minimum(shifted.view(np.uint32), top.view(np.uint32)).view(np.int32)
+    for (_, at), key in zip(runs, zip(*of[1:], strict=True), strict=True):
+        symbol[at] = coder.code(symbol[at], tables.value(*key))
     high = (symbol << halved) - offset
     (far,) = (symbol == top).nonzero()
     if len(far):
         folded = _fold((n >> drop)[far])
         low = coder.code(folded & (_DRAWN - 1), _uniform(_DRAWN))
         high[far] = _unfold(low | (coder.code(folded >> _DRAW, _uniform(_DRAWN)) << _DRAW))
-    found = high << drop
-    for bits in np.unique(drop[drop > 0]):
-        (at,) = (drop == bits).nonzero()
-        told = (parity[at] != UNKNOWN).astype(np.int32)  # one of the bits, of all or of none
-        size = 1 << int(bits - told[0])
-        dropped = (n[at] >> told) & (size - 1)
-        if size > 1:
-            dropped = coder.code(dropped, _uniform(size))
-        found[at] |= (dropped << told) | np.where(told, parity[at], 0)
+    high <<= drop
+    for bits in np.unique(of.drop[of.drop > 0]):
+        at = slice(each[of.drop < bits].sum(), each[of.drop <= bits].sum())
+        even = None if parity is None else parity.reshape(-1)[where[at]]
+        high[at] |= _dropped(coder, n[at], int(bits), even)
+    found = np.empty_like(high)
+    found[where] = high
     return found.reshape(shape)
+
+
+def _dropped(coder: _Encoder | _Decoder, n: Ints, bits: int, parity: Ints | None) -> Ints:
+    """Code the lowest bits of numbers; returns them. The parity is one, where it is known."""
+    told = 0 if parity is None else 1
+    low = (n >> told) & ((1 << (bits - told)) - 1)
+    if bits > told:
+        low = coder.code(low, _uniform(1 << (bits - told)))
+    return low if parity is None else (low << 1) | parity
 
 
 def _fold(x: Ints) -> Ints:
@@ -213,12 +190,19 @@ def _unfold(x: Ints) -> Ints:
     return (x >> 1) ^ -(x & 1)
 
 
-def _runs(key: NDArray[Any]) -> list[tuple[int, NDArray[np.int64]]]:
-    """Every key that there is, ascending, and where."""
-    order = np.argsort(key.astype(np.int16), kind="stable")  # a radix sort
-    counts = np.bincount(key)
-    ends = counts.cumsum()
-    return [(int(k), order[ends[k] - counts[k] : ends[k]]) for k in counts.nonzero()[0]]
+def _runs(counts: NDArray[np.int64]) -> list[tuple[int, slice]]:
+    """Every key that there is, ascending, and where it is in their order."""
+    keys = counts.nonzero()[0]
+    ends = counts[keys].cumsum()
+    starts = ends - counts[keys]
+    both = zip(starts.tolist(), ends.tolist(), strict=True)
+    return list(zip(keys.tolist(), (slice(*one) for one in both), strict=True))
+
+
+def _each(x: Ints, counts: NDArray[np.int64]) -> Ints:
+    """Of every number what its run has; one for all if all have the same."""
+    x = x.astype(np.int32)
+    return x[:1] if (x == x[0]).all() else np.repeat(x, counts)
 
 
 @lru_cache(maxsize=32)

@@ -142,6 +142,35 @@ def lookup(_: Any, address: Any, index: Any) -> Any:
     return F(types.intp, I32), lower
 
 
+def _scattered(element: ir.Type) -> Any:
+    """Stores of all lanes, each at an index of its own; of lanes with one index the last counts."""
+
+    def typing(_: Any, address: Any, index: Any, value: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            for lane in range(LANES):
+                offset = builder.zext(builder.extract_element(args[1], WORD(lane)), ir.IntType(64))
+                number = builder.extract_element(args[2], WORD(lane))
+                number = builder.trunc(number, element) if element is BYTE else number
+                builder.store(number, pointer(builder, args[0], offset, element, element))
+            return context.get_dummy_value()
+
+        return types.void(types.intp, I32, I32), lower
+
+    return typing
+
+
+@intrinsic
+def scatter(_: Any, address: Any, index: Any, value: Any) -> Any:
+    """int32 lanes to address + 4 index of every lane."""
+    return _scattered(WORD)(_, address, index, value)
+
+
+@intrinsic
+def scatter_bytes(_: Any, address: Any, index: Any, value: Any) -> Any:
+    """The low 8 bits of int32 lanes to address + index of every lane."""
+    return _scattered(BYTE)(_, address, index, value)
+
+
 def _scalar(element: ir.Type, kind: Any, write: bool) -> Any:
     """Load or store of one element."""
 

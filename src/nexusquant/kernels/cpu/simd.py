@@ -193,6 +193,12 @@ def floor(_: Any, value: Any) -> Any:
 
 
 @intrinsic
+def nearest(_: Any, value: Any) -> Any:
+    """Nearest integer, the even one of two, as float32."""
+    return _unary("rint")(_, value)
+
+
+@intrinsic
 def absolute(_: Any, value: Any) -> Any:
     """|x|."""
     return _unary("fabs")(_, value)
