@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from nexusquant import CompressionConfig, calibrate
+from nexusquant import CompressionConfig, calibrate, calibrate_store
+from nexusquant.entropy.profile import StoreProfile
 from nexusquant.profile import Profile
 
 Change = Callable[[], AbstractContextManager[None]]
@@ -22,6 +23,7 @@ class Profiles:
         self._model, self._tokenizer, self._texts = model, tokenizer, texts
         self._report = report
         self._made: dict[tuple[int, Change], Profile] = {}
+        self._store: StoreProfile | None = None
 
     def get(self, rope_page: int = PAGE, change: Change = nullcontext) -> Profile:
         """The profile built while `change` is in force."""
@@ -34,7 +36,17 @@ class Profiles:
                 )  # fmt: skip
         return self._made[key]
 
+    def store(self) -> StoreProfile:
+        """The storage profile."""
+        if self._store is None:
+            self._store = calibrate_store(
+                self._model, self._tokenizer, self._texts, source="benchmark",
+                report=lambda line: self._report(f"Calibrating for the store: {line}"),
+            )  # fmt: skip
+        return self._store
+
     @property
     def nbytes(self) -> int:
         """Of the largest; 0 if none was needed."""
-        return max((profile.nbytes for profile in self._made.values()), default=0)
+        store = [] if self._store is None else [self._store]
+        return max((profile.nbytes for profile in [*self._made.values(), *store]), default=0)

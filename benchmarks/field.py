@@ -15,6 +15,7 @@ from benchmarks.competitors import (
 )
 from benchmarks.original import PRESETS as ORIGINAL_PRESETS
 from benchmarks.original import Original, Package
+from benchmarks.stored import storage
 from nexusquant import PRESETS, CompressionConfig
 
 BITS = (1.25, 1.5, 2, 2.5, 3, 4)
@@ -107,4 +108,5 @@ FIELDS: dict[str, Callable[[Profiles, Package | None], list[Competitor]]] = {
     "presets": presets,
     "frontier": frontier,
     "ablation": ablation,
+    "storage": lambda profiles, original: storage(profiles.get, profiles.store),
 }

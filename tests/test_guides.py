@@ -74,8 +74,12 @@ def presses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("own_scorers")
 @EACH
 def test_every_python_block_runs(
-    page: Path, names: dict[str, Any], request: pytest.FixtureRequest
+    page: Path,
+    names: dict[str, Any],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(names["folder"].parent)
     found = blocks(page, "python")
     assert found, "a page shows what it says"
     provided = dict(names)

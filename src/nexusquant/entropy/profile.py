@@ -124,21 +124,24 @@ class StoreProfile:
     tables: Tables
     rates: Tensor
 
-    def step_for(self, bits: float, extra: Tensor) -> int:
-        """The step number that takes `bits` per element of text like the profile's.
+    def rate(self, step: int, extra: Tensor) -> float:
+        """Bits per element that a step number takes of text like the profile's.
 
         Args:
             extra: (n,) int16, what is added to it for every layer and token.
         """
         kinds, counts = extra.unique(return_counts=True)
-        share = counts / counts.sum()
+        at = ((step + kinds).float() - FINEST).clamp(0, COARSEST - FINEST) / OCTAVE
+        left = at.long().clamp(max=len(self.rates) - 2)
+        each = torch.lerp(self.rates[left], self.rates[left + 1], at - left)
+        return float(each @ (counts / counts.sum()))
+
+    def step_for(self, bits: float, extra: Tensor) -> int:
+        """The finest step number whose `rate` is `bits` at most."""
         low, high = FINEST, COARSEST
         while low < high:
             middle = (low + high) // 2
-            at = ((middle + kinds).float() - FINEST).clamp(0, COARSEST - FINEST) / OCTAVE
-            left = at.long().clamp(max=len(self.rates) - 2)
-            rate = torch.lerp(self.rates[left], self.rates[left + 1], at - left)
-            low, high = (low, middle) if float(rate @ share) <= bits else (middle + 1, high)
+            low, high = (low, middle) if self.rate(middle, extra) <= bits else (middle + 1, high)
         return low
 
     @cached_property

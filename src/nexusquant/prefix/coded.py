@@ -15,7 +15,7 @@ from nexusquant.entropy.profile import COARSEST, FINEST, StoreProfile
 from nexusquant.errors import FormatError, ProfileError
 from nexusquant.extras import need
 from nexusquant.nxq import Reader
-from nexusquant.prefix.rotary import LayerRotary, rotary_of
+from nexusquant.prefix.rotary import CachedLayer, cached_layers
 from nexusquant.prefix.source import LayerSource
 from nexusquant.tokens import narrowed
 
@@ -54,22 +54,32 @@ def encode_prefix(
     Raises:
         ProfileError: the profile lacks a layer, or has other shapes.
         NonFiniteError: NaN or infinity.
+        UnsupportedError: the cache of another model, or layers that are no plain attention.
     """
     tokens = layers[0].start + layers[0].keys.shape[1]
-    rotary = rotary_of(model, tokens)
+    cached = cached_layers(model)
     if missing := [i for i in range(len(layers)) if i not in profile.layers]:
         raise ProfileError(
             f"the storage profile does not know layers {missing}: codec='raw' saves them as they"
             " are in a compressed cache."
         )
+    _check_shapes(profile, cached)
+    if len(layers) != len(cached) or any(
+        (x.keys.shape[0], x.keys.shape[2], x.values.shape[2]) != cached[i].shape
+        or x.start > _hidden(cached[i], tokens)
+        for i, x in enumerate(layers)
+    ):
+        raise UnsupportedError("this cache has not the layers that the model makes: is it another's?")
+    if min(x.start for x in layers) > MOST_HIDDEN:
+        raise UnsupportedError(f"all layers begin behind {MOST_HIDDEN} tokens: too far to save.")
     report("expected attention")
-    extra = [_extra(x, profile, i, rotary[i]) for i, x in enumerate(layers)]
+    extra = [_extra(x, profile, i, cached[i]) for i, x in enumerate(layers)]
     step = profile.step_for(bits, torch.cat(extra))
     streams = {}
     for index, layer in enumerate(layers):
         report(f"layer {index + 1} of {len(layers)}")
         streams[f"layer.{index}"] = _encode(
-            layer, LayerCode(profile, index, step), rotary[index], extra[index]
+            layer, LayerCode(profile, index, step), cached[index], extra[index]
         )
     dtype = str(layers[0].keys.dtype).removeprefix("torch.")
     meta = {
@@ -84,32 +94,71 @@ def encode_prefix(
     return meta, streams
 
 
-def _extra(layer: LayerSource, profile: StoreProfile, index: int, rotary: LayerRotary) -> Tensor:
+def _check_shapes(profile: StoreProfile, cached: dict[int, CachedLayer]) -> None:
+    if profile.shapes != {index: layer.shape for index, layer in cached.items()}:
+        raise ProfileError(
+            "the storage profile has other layers than this model, or of other shapes."
+        )
+
+
+def _hidden(layer: CachedLayer, tokens: int) -> int:
+    """How many of the first tokens no later query of this layer sees."""
+    return 0 if layer.window is None else max(tokens - layer.window + 1, 0)
+
+
+def _extra(layer: LayerSource, profile: StoreProfile, index: int, cached: CachedLayer) -> Tensor:
     skip = _sinks(layer.start)
     keys, values = layer.keys[:, skip:].float().cpu(), layer.values[:, skip:].float().cpu()
     if keys.shape[1] == 0:
         return torch.zeros(0, dtype=torch.int16)
-    dim, table = keys.shape[-1], rotary.frame.table
-    turn = None if table is None else table.average_rotation(FUTURE, dim)
-    scaling = dim**-0.5 if rotary.scaling is None else rotary.scaling
-    one = None if turn is None else turn[0].cpu()
-    return extra_steps(keys, values, profile.queries[index], one, scaling)
+    turn = cached.ahead(layer.start + layer.keys.shape[1], FUTURE)
+    scaling = keys.shape[-1] ** -0.5 if cached.scaling is None else cached.scaling
+    return extra_steps(keys, values, profile.queries[index], turn, scaling)
 
 
 def _sinks(start: int) -> int:
     return max(SINKS - start, 0)
 
 
-def _encode(layer: LayerSource, code: LayerCode, rotary: LayerRotary, extra: Tensor) -> list[bytes]:
-    """First what is not in pages (sinks, extra steps), then the pages."""
+def _framed(layer: LayerSource, rotary: LayerRotary) -> tuple[Tensor, Tensor]:
+    """What is coded: keys without RoPE and values, without sinks."""
     skip = _sinks(layer.start)
     slots = torch.arange(layer.start + skip, layer.start + layer.keys.shape[1])
-    keys = rotary.enter(layer.keys[:, skip:], slots)
-    pages = code.encode(keys, layer.values[:, skip:], extra)
-    return [_first(layer, skip, extra), *pages]
+    return rotary.enter(layer.keys[:, skip:], slots), layer.values[:, skip:]
 
 
-def _first(layer: LayerSource, skip: int, extra: Tensor) -> bytes:
+def _step_for(
+    bits: float,
+    profile: StoreProfile,
+    framed: list[tuple[Tensor, Tensor]],
+    extra: list[Tensor],
+) -> int:
+    """The step that takes `bits` of this text: the profile's rates, corrected by a sample."""
+    step = profile.step_for(bits, torch.cat(extra))
+    for _ in range(3):
+        nbytes = elements = 0
+        some = []
+        for index, (keys, values) in enumerate(framed):
+            first = max(keys.shape[1] - PAGE, 0) // 2
+            part = slice(first, first + PAGE)
+            sample = keys[:, part], values[:, part]
+            some.append(extra[index][part])
+            pages = LayerCode(profile, index, step).encode(*sample, some[-1])
+            nbytes += sum(map(len, pages))
+            elements += sum(x.numel() for x in sample)
+        expected, taken = profile.rate(step, torch.cat(some)), 8 * nbytes / max(elements, 1)
+        if taken <= 0 or expected <= 0:
+            break
+        better = profile.step_for(bits * expected / taken, torch.cat(extra))
+        if better == step:
+            break
+        step = better
+    return step
+
+
+def _first(layer: LayerSource, extra: Tensor) -> bytes:
+    """What is not in pages: sinks and extra steps."""
+    skip = _sinks(layer.start)
     dtype = torch.float16 if layer.keys.dtype == torch.float32 else layer.keys.dtype
     sinks = [narrowed(x[:, :skip], dtype).contiguous().cpu() for x in (layer.keys, layer.values)]
     if sinks[0].dtype != sinks[1].dtype:
