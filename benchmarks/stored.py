@@ -16,7 +16,7 @@ from benchmarks.competitors import Competitor, Prefilled, Prompt
 from nexusquant import PRESETS, CompressionConfig, nxq
 from nexusquant.entropy.profile import StoreProfile
 from nexusquant.extras import need
-from nexusquant.prefix import coded
+from nexusquant.prefix import coded, decoded
 from nexusquant.prefix.live import live_streams
 from nexusquant.prefix.restore import stock_cache
 from nexusquant.prefix.source import sources
@@ -39,9 +39,9 @@ class Entropy:
         exact, profile = sources(prompt.cache_of(prompt.exact)), self.profile()
         header, streams = coded.encode_prefix(exact, prompt.model, profile, self.bits, _quiet)
         data = nxq.pack(header, streams)
-        decoded = coded.decode_prefix(nxq.Reader.open(data), prompt.model, profile, _quiet)
+        found = decoded.decode_prefix(nxq.Reader.open(data), prompt.model, profile, _quiet)
         bits = 8 * len(data) / prompt.elements
-        return Prefilled(stock_cache(decoded, prompt.model), bits, "measured")
+        return Prefilled(stock_cache(found, prompt.model), bits, "measured")
 
 
 def _quiet(step: str) -> None:

@@ -23,6 +23,7 @@ from nexusquant.hf.store_profiles import (
 )
 from nexusquant.nxq import Reader
 from nexusquant.prefix import coded
+from nexusquant.prefix.decoded import decode_prefix
 from nexusquant.prefix.live import load_live
 from nexusquant.prefix.payloads import PAYLOADS as LIVE_CODECS
 from nexusquant.prefix.restore import live_cache, stock_cache
@@ -75,7 +76,7 @@ def load(
                 f"codec {codec!r} is not known: {coded.NAME}, {', '.join(LIVE_CODECS)} are."
             )
         known = _embedded(reader, model) or need_store_profile(model, store_profile)
-        decoded = coded.decode_prefix(reader, model, known, report)
+        decoded = decode_prefix(reader, model, known, report)
     if quality is None:
         return stock_cache(decoded, model)
     return live_cache(decoded, model, quality, profile)

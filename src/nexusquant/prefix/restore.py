@@ -14,8 +14,8 @@ from nexusquant.hf.cache import NexusCache, plain_cache
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.profiles import ProfileLike
 from nexusquant.hf.tail import Call, Tail
-from nexusquant.prefix.coded import Decoded
-from nexusquant.prefix.rotary import learn_rotary
+from nexusquant.prefix.decoded import Decoded
+from nexusquant.prefix.rotary import begin
 
 
 def stock_cache(decoded: Decoded, model: nn.Module) -> DynamicCache:
@@ -46,7 +46,7 @@ def live_cache(
             "max_tokens needs the queries of a prompt, which a stored prefix has not: load it"
             " without, or with quality=None."
         )
-    learn_rotary(model, decoded.tokens, cache)
+    begin(cache, model, decoded.tokens)
     for index, source in enumerate(decoded.layers):
         layer = cache.layers[index]
         if not isinstance(layer, CompactLayer):

@@ -1,4 +1,4 @@
-"""Which rotation a model gives to every position, found by showing it one token."""
+"""What a model's layers do to their caches, found by showing it a few tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from nexusquant.config import CompressionConfig
+from nexusquant.errors import UnsupportedError
 from nexusquant.frame import KeyFrame
 from nexusquant.hf.cache import compact_layers, text_config
 from nexusquant.hf.context import outside_blocks
@@ -17,76 +18,78 @@ from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.profiles import ProfileBook
 from nexusquant.hf.quirks import attention_modules, layer_of
+from nexusquant.hf.sliding import CompactSlidingLayer
 from nexusquant.math.rope import RopeTable, Span
+
+_SHOWN = 16
+"""Tokens: rows of position 0 are the same whatever the frequencies and their order."""
 
 
 @dataclass(frozen=True)
-class LayerRotary:
-    """Of one layer.
+class CachedLayer:
+    """One attention layer of a model.
 
     Attributes:
-        frame: keys without RoPE; where frequencies are not known, keys as the model rotates them.
+        table: how its keys are rotated; None if they are not, or frequencies are not known.
+        shape: (kv_heads, key dim, value dim).
+        window: tokens that a query sees, its own included; None for all.
         scaling: factor on the logits, None if the module does not say.
-        device, dtype: of the layer's cache.
+        device, dtype: of its cache.
     """
 
-    frame: KeyFrame
+    table: RopeTable | None
+    shape: tuple[int, int, int]
+    window: int | None
     scaling: float | None
     device: torch.device
     dtype: torch.dtype
 
-    def enter(self, keys: Tensor, slots: Tensor) -> Tensor:
-        """Keys (heads, tokens, dim) at `slots` (tokens,) as rotated to keys without RoPE, fp32."""
-        at = slots.view(1, 1, -1).to(self.device)
-        return self.frame.enter(keys[None].to(self.device), at)[0].cpu()
+    def enter(self, keys: Tensor, first: int) -> Tensor:
+        """Keys (heads, tokens, dim) of positions from `first` on, without RoPE, fp32."""
+        frame, slots = self._frame(first, keys.shape[1])
+        return frame.enter(keys[None].to(self.device), slots)[0].cpu()
 
-    def leave(self, keys: Tensor, slots: Tensor) -> Tensor:
+    def leave(self, keys: Tensor, first: int) -> Tensor:
         """Inverse of `enter`."""
-        at = slots.view(1, 1, -1).to(self.device)
-        return self.frame.leave(keys[None].to(self.device), at)[0].cpu()
+        frame, slots = self._frame(first, keys.shape[1])
+        return frame.leave(keys[None].to(self.device), slots)[0].cpu()
+
+    def ahead(self, tokens: int, count: int) -> Tensor | None:
+        """Mean rotation of the `count` positions behind `tokens`, (dim, dim); None without RoPE."""
+        if self.table is None:
+            return None
+        turn = _moved(self.table, tokens - 1, 1).average_rotation(count, self.shape[1])
+        return None if turn is None else turn[0].cpu()
+
+    def _frame(self, first: int, tokens: int) -> tuple[KeyFrame, Tensor]:
+        table = None if self.table is None else _moved(self.table, first, tokens)
+        return KeyFrame(table, 1), torch.arange(tokens, device=self.device).view(1, 1, -1)
+
+
+def _moved(table: RopeTable, first: int, tokens: int) -> RopeTable:
+    """The same rotation, of positions from `first` on."""
+    moved, span = RopeTable(table.apply), table.spans[-1]
+    assert span.frequencies is not None
+    device = span.frequencies.device
+    positions = torch.arange(first, first + tokens, dtype=torch.int32, device=device)[None]
+    moved.spans = [Span(positions, span.frequencies, span.scaling, span.tiling)]
+    return moved
 
 
 @torch.no_grad()
-def learn_rotary(model: nn.Module, tokens: int, cache: DynamicCache | None = None) -> None:
-    """Record the rows of positions 0 to `tokens` - 1 in the layers of an empty compact cache.
+def cached_layers(model: nn.Module) -> dict[int, CachedLayer]:
+    """Every layer of the model's cache.
 
-    Tables whose frequencies depend on the length of the text (dynamic NTK) are those of one token:
-    then keys are not entirely free of RoPE, and coded in a few bits more, but just as well.
+    Tables whose frequencies depend on the length of the text (dynamic NTK) are those of a short
+    one: then keys are not entirely free of RoPE, and coded in a few bits more, but just as well.
+
+    Raises:
+        UnsupportedError: layers that are no plain attention.
     """
-    cache = compact_cache(model) if cache is None else cache
-    device = next(model.parameters()).device
-    device = torch.device("cpu") if device.type == "meta" else device  # offloaded
-    with outside_blocks(model):
-        model(torch.zeros(1, 1, dtype=torch.long, device=device), past_key_values=cache)
-    done: set[int] = set()
-    for layer in cache.layers:
-        if not isinstance(layer, CompactLayer) or layer.rope is None:
-            continue
-        if id(layer.rope.table) not in done:
-            done.add(id(layer.rope.table))
-            _extend(layer.rope.table, tokens)
-
-
-def _extend(table: RopeTable, tokens: int) -> None:
-    span = table.spans[-1]
-    if span.frequencies is None:
-        return
-    positions = torch.arange(tokens, dtype=torch.int32, device=span.frequencies.device)[None]
-    table.spans = [Span(positions, span.frequencies, span.scaling, span.tiling)]
-
-
-def compact_cache(model: nn.Module) -> DynamicCache:
-    """An empty cache of `model` whose layers record the rotation of their keys."""
     cache = DynamicCache(config=text_config(model))
     config = CompressionConfig(codec="exact", rope_page=1)
     compact_layers(cache, model, config, Notices(), ProfileBook(model, 1))
-    return cache
-
-
-def rotary_of(model: nn.Module, tokens: int) -> dict[int, LayerRotary]:
-    """Per attention layer, for positions 0 to `tokens` - 1."""
-    cache = compact_cache(model)
-    learn_rotary(model, tokens, cache)
+    _show(model, cache)
     scaling: dict[int | None, float] = {}
     for _, module in attention_modules(model):
         factor: Any = getattr(module, "scaling", None)
@@ -94,9 +97,44 @@ def rotary_of(model: nn.Module, tokens: int) -> dict[int, LayerRotary]:
             scaling[layer_of(module)] = factor
     found = {}
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, CompactLayer):
-            table = layer.rope.table if layer.rope is not None else None
-            known = table is not None and table.length >= tokens
-            frame = KeyFrame(table if known else None, 1)
-            found[index] = LayerRotary(frame, scaling.get(index), layer.device, layer.dtype)
+        if type(layer) not in (CompactLayer, CompactSlidingLayer) or layer.tail is None:
+            raise UnsupportedError(
+                f"layer {index} of this model ({type(layer).__name__}) keeps other things than keys"
+                " and values: codec='raw' saves compressed caches of any model."
+            )
+        keys, values = layer.tail.keys, layer.tail.values
+        table = layer.rope.table if layer.rope is not None else None
+        known = table is not None and table.spans[-1].frequencies is not None
+        found[index] = CachedLayer(
+            table if known else None, (keys.shape[1], keys.shape[3], values.shape[3]),
+            getattr(layer, "sliding_window", None), scaling.get(index), layer.device, layer.dtype,
+        )  # fmt: skip
     return found
+
+
+def begin(cache: DynamicCache, model: nn.Module, tokens: int) -> None:
+    """Let the layers of an empty compact cache know the rotation of positions up to `tokens`."""
+    layers = [layer for layer in cache.layers if isinstance(layer, CompactLayer)]
+    for layer in layers:
+        layer.record_past = True  # compress nothing yet
+    _show(model, cache)
+    for layer in layers:
+        layer.record_past, layer.deferred = False, None
+        if layer.rope is not None and layer.rope.table.spans[-1].frequencies is None:
+            layer.rope = None  # keys stay as they are rotated
+        elif layer.rope is not None and layer.rope.owner:
+            layer.rope.table.spans = _moved(layer.rope.table, 0, tokens).spans
+
+
+@torch.no_grad()
+def _show(model: nn.Module, cache: DynamicCache) -> None:
+    device = next(model.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device  # offloaded
+    ids = torch.zeros(1, _SHOWN, dtype=torch.long, device=device)
+    training = model.training
+    model.eval()
+    try:
+        with outside_blocks(model):
+            model(ids, past_key_values=cache, use_cache=True)
+    finally:
+        model.train(training)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.layer import CompactLayer
+from nexusquant.hf.sliding import CompactSlidingLayer
 from nexusquant.tokens import ExactTokens
 
 
@@ -50,12 +51,14 @@ def sources(cache: Any) -> list[LayerSource]:
 
 
 def _source(index: int, layer: Any) -> LayerSource:
-    if isinstance(layer, CompactLayer):
+    kind = type(layer)  # others hold more: states of linear attention, quantized tokens
+    if kind in (CompactLayer, CompactSlidingLayer):
         keys, values, length = _exact(index, layer)
-    elif isinstance(layer, DynamicLayer) and layer.is_initialized:
+    elif kind in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized:
         keys, values, length = layer.keys, layer.values, int(layer.get_seq_length())
     else:
-        what = "is empty" if isinstance(layer, DynamicLayer) else "holds no plain keys and values"
+        plain = isinstance(layer, DynamicLayer) and not layer.is_initialized
+        what = "is empty" if plain else "holds other things than plain keys and values"
         raise UnsupportedError(
             f"layer {index} ({type(layer).__name__}) {what}; codec='raw' saves compressed caches"
             " of any model."
