@@ -70,6 +70,8 @@ def _model(counts: NDArray[np.uint16]) -> Any:
 class _Encoder:
     """The direction in which symbols are known."""
 
+    knows = True
+
     def __init__(self) -> None:
         self.coder = need("constriction").stream.queue.RangeEncoder()
 
@@ -80,6 +82,8 @@ class _Encoder:
 
 class _Decoder:
     """The direction in which symbols are found out."""
+
+    knows = False
 
     def __init__(self, data: bytes | memoryview) -> None:
         words = np.frombuffer(data, dtype="<u4").astype(np.uint32)
@@ -150,10 +154,14 @@ def _numbers(
     each = counts[counts > 0]
     drop, offset = _each(of.drop, each), _each(REACH - of.known * halved, each)
     top, halved = _each(2 * REACH >> halved, each), _each(halved, each)
-    n, shape = n.reshape(-1)[where], n.shape
-    shifted = ((n >> drop) + offset) >> halved
-    # As unsigned numbers, negative ones are large.
-    symbol: Ints = np.minimum(shifted.view(np.uint32), top.view(np.uint32)).view(np.int32)
+    shape = n.shape
+    if coder.knows:
+        n = n.reshape(-1)[where]
+        shifted = ((n >> drop) + offset) >> halved
+        # As unsigned numbers, negative ones are large.
+        symbol: Ints = np.minimum(shifted.view(np.uint32), top.view(np.uint32)).view(np.int32)
+    else:
+        n, symbol = np.zeros((2, len(where)), np.int32)
     for (_, at), key in zip(runs, zip(*of[1:], strict=True), strict=True):
         symbol[at] = coder.code(symbol[at], tables.value(*key))
     high = (symbol << halved) - offset
@@ -162,7 +170,8 @@ def _numbers(
         folded = _fold((n >> drop)[far])
         low = coder.code(folded & (_DRAWN - 1), _uniform(_DRAWN))
         high[far] = _unfold(low | (coder.code(folded >> _DRAW, _uniform(_DRAWN)) << _DRAW))
-    high <<= drop
+    if of.drop.any():
+        high <<= drop
     for bits in np.unique(of.drop[of.drop > 0]):
         at = slice(each[of.drop < bits].sum(), each[of.drop <= bits].sum())
         even = None if parity is None else parity.reshape(-1)[where[at]]
