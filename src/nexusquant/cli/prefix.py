@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nexusquant.cli.common import Device, Dtype, Model, PromptFile, folder, read
-from nexusquant.errors import ConfigError
+from nexusquant.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from nexusquant.config import CompressionConfig
     from nexusquant.nxq import Reader
 
+_LIVE = ("raw", "zstd", "zstd+delta")
+_SHOWN = 80  # characters of a value
 Prefix = Annotated[str, typer.Argument(help="An .nxq file, or with --store a key.")]
 StoreUrl = Annotated[
     str | None, typer.Option("--store", help="A directory, redis://..., s3://..., ...")
@@ -54,6 +57,10 @@ def pack(
         raise ConfigError("give --output FILE or --store URL, one of them.")
     if prompt_file is None:
         raise ConfigError("give --prompt-file, the text of the prefix.")
+    if key is not None and store is None:
+        raise ConfigError("--key: give --store, a file has its path.")
+    if (codec in _LIVE and quality is None) or (codec == "entropy" and quality is not None):
+        raise ConfigError(f"--codec {codec}: {', '.join(_LIVE)} are of caches with --quality.")
     text = read(prompt_file)
     import torch
     from transformers import DynamicCache
@@ -81,13 +88,12 @@ def pack(
         with torch.inference_mode():
             read_prompt(network, ids.to(network.device), cache)
         progress.step("Encoding")
-        target: Any = output if store is None else open_store(store)
-        saved = save(
-            cache, target, model=network, tokens=ids, codec=codec, bits=bits, profile=profile,
-            embed_profile=embed_profile, key=key, report=progress.tick,
-        )  # fmt: skip
-        if store is not None:
-            target.close()
+        place: Any = nullcontext(output) if store is None else open_store(store)
+        with place as target:
+            saved = save(
+                cache, target, model=network, tokens=ids, codec=codec, bits=bits, profile=profile,
+                embed_profile=embed_profile, key=key, report=progress.tick,
+            )  # fmt: skip
     typer.echo(str(saved))
 
 
@@ -95,7 +101,9 @@ def inspect(prefix: Prefix, store: StoreUrl = None) -> None:
     """What a stored prefix holds, and what its parts take. Reads its head only."""
     from rich.console import Console
 
-    with _opened(prefix, store) as reader:
+    from nexusquant.prefix.loading import open_prefix
+
+    with _place(prefix, store) as place, open_prefix(*place) as reader:
         Console().print(_contents(reader))
 
 
@@ -110,17 +118,16 @@ def verify(
 ) -> None:
     """Read all of a stored prefix and compare every checksum; status 2 if it is damaged."""
     from nexusquant.loading import load_model
-    from nexusquant.prefix.loading import load
+    from nexusquant.prefix.loading import load, open_prefix
     from nexusquant.progress import progress_steps, quiet_transformers
 
-    with quiet_transformers(), progress_steps() as progress:
+    with _place(prefix, store) as place, quiet_transformers(), progress_steps() as progress:
         progress.step(f"Reading {prefix}")
-        with _opened(prefix, store) as reader:
+        with open_prefix(*place) as reader:
             reader.verify()
         if model is not None:
             network, _ = load_model(folder(model, progress), dtype, device)
-            place, key = _place(prefix, store)
-            load(place, network, key=key, report=progress.tick)
+            load(place[0], network, key=place[1], report=progress.tick)
     typer.echo(f"{prefix}: all checksums are right" + ("" if model is None else ", it decodes"))
 
 
@@ -135,42 +142,59 @@ def behind(
     """Token ids of a prefix and the text behind it, and how to open the prefix's cache."""
     import torch
 
-    from nexusquant.prefix.loading import check_model, load, prefix_tokens
+    from nexusquant.prefix.loading import check_model, load, open_prefix, prefix_tokens
 
-    with _opened(prefix, store) as reader:
+    with _place(prefix, store) as place, open_prefix(*place) as reader:
         check_model(reader, model)
         first = prefix_tokens(reader)
     if first is None:
         raise ConfigError(f"{prefix} was saved without its token ids: use nexusquant.load.")
+    if max(first, default=0) >= model.get_input_embeddings().num_embeddings:
+        raise FormatError(f"{prefix}: token ids that the model has not.")
     more = tokenizer(text, add_special_tokens=False).input_ids
-    place, key = _place(prefix, store)
-    return torch.tensor([first + more]), lambda: load(place, model, key=key, quality=quality)
+
+    def opened() -> Any:
+        with _place(prefix, store) as place:
+            cache = load(place[0], model, key=place[1], quality=quality)
+        if any(getattr(layer, "batch_size", 1) > 1 for layer in cache.layers):
+            raise ConfigError(f"{prefix} holds several sequences: use nexusquant.load.")
+        return cache
+
+    return torch.tensor([first + more]), opened
 
 
-def _opened(prefix: str, store: str | None) -> Reader:
-    from nexusquant.prefix.loading import open_prefix
-
-    return open_prefix(*_place(prefix, store))
-
-
-def _place(prefix: str, store: str | None) -> tuple[Any, str | None]:
+@contextmanager
+def _place(prefix: str, store: str | None) -> Iterator[tuple[Any, str | None]]:
+    """What `load` takes, while it is open."""
     from nexusquant.stores import open_store
 
-    return (prefix, None) if store is None else (open_store(store), prefix)
+    if store is None:
+        yield prefix, None
+    else:
+        with open_store(store) as opened:
+            yield opened, prefix
 
 
 def _contents(reader: Reader) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"format {reader.version}", title_justify="left")
     table.add_column("")
     table.add_column("", justify="right")
     for name, value in reader.meta.items():
         if isinstance(value, (str, int, float)):
-            table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+            shown = f"{value:,}" if isinstance(value, int) else _printable(str(value))
+            table.add_row(Text(_printable(name)), Text(shown))
     table.add_section()
     for name in reader.streams:
         table.add_row(name, f"{reader.size(name):,} B")
     table.add_section()
     table.add_row("all streams", f"{sum(map(reader.size, reader.streams)):,} B")
     return table
+
+
+def _printable(text: str) -> str:
+    """Of a file that anybody may have written: no control characters, no endless lines."""
+    kept = text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    return "".join(x if x.isprintable() else f"\\x{ord(x):02x}" for x in kept)

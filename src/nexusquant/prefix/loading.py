@@ -64,17 +64,20 @@ def load(
     with open_prefix(place, key) as reader:
         check_model(reader, model)
         codec = reader.meta.get("codec")
+        if not isinstance(codec, str) or codec not in (coded.NAME, *LIVE_CODECS):
+            raise FormatError(
+                f"codec {codec!r:.80} is not known: {coded.NAME}, {', '.join(LIVE_CODECS)} are."
+            )
         if codec in LIVE_CODECS:
             if quality is not None:
                 raise ConfigError(
                     f"this prefix was saved as it was compressed (codec {codec!r}): it has its"
                     " quality, load it with quality=None."
                 )
-            return load_live(reader, model, profile)
-        if codec != coded.NAME:
-            raise FormatError(
-                f"codec {codec!r} is not known: {coded.NAME}, {', '.join(LIVE_CODECS)} are."
-            )
+            cache = load_live(reader, model, profile)
+            if reader.meta.get("tokens") != cache.get_seq_length():
+                raise FormatError("the header has other tokens than the cache: damaged.")
+            return cache
         known = _embedded(reader, model) or need_store_profile(model, store_profile)
         decoded = decode_prefix(reader, model, known, report)
     if quality is None:
@@ -94,7 +97,22 @@ def open_prefix(place: str | Path | bytes | Store, key: str | None = None) -> Re
         return Reader.open(_InStore(place, key), f"{place.where}: {key}")
     if key is not None:
         raise ConfigError("key is for stores; a file has its path.")
-    return Reader.open(place if isinstance(place, bytes) else Path(place).expanduser())
+    return Reader.open(place if isinstance(place, bytes) else path_of(place))
+
+
+def path_of(place: str | Path) -> Path:
+    """The path of a file.
+
+    Raises:
+        ConfigError: something else.
+        StoreError: of a user who has no home.
+    """
+    if not isinstance(place, (str, Path)):
+        raise ConfigError(f"expected a path or a store, got {type(place).__name__}.")
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise StoreError(f"{place}: {error}") from error
 
 
 def prefix_tokens(reader: Reader) -> list[int] | None:
@@ -105,9 +123,10 @@ def prefix_tokens(reader: Reader) -> list[int] | None:
     """
     if "tokens" not in reader.streams:
         return None
-    ids = array("I", bytes(reader.read("tokens", 0)))
-    if ids.itemsize != 4 or len(ids) != reader.meta.get("tokens"):
-        raise FormatError(f"{len(ids)} token ids of {reader.meta.get('tokens')} tokens: damaged.")
+    data, tokens = bytes(reader.read("tokens", 0)), reader.meta.get("tokens")
+    if type(tokens) is not int or len(data) != 4 * tokens:
+        raise FormatError(f"{len(data)} bytes of token ids for {tokens!r:.80} tokens: damaged.")
+    ids = array("I", data)
     if sys.byteorder == "big":
         ids.byteswap()
     return ids.tolist()
@@ -118,9 +137,9 @@ def check_model(reader: Reader, model: nn.Module) -> None:
     theirs, mine = reader.meta.get("fingerprint"), fingerprint(model)
     if theirs != mine:
         raise UnsupportedError(
-            f"this prefix is of another model: its fingerprint is {theirs}"
-            f" ({reader.meta.get('model_type')}), this model's {mine}. Other weights have other"
-            " keys and values."
+            f"this prefix is of another model: its fingerprint is {theirs!r:.40}"
+            f" ({reader.meta.get('model_type')!r:.40}), this model's {mine!r}. Other weights have"
+            " other keys and values."
         )
 
 

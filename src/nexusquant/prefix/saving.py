@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import sys
 from array import array
 from collections.abc import Callable, Iterable
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
-from nexusquant.errors import ConfigError
+from nexusquant.errors import ConfigError, UnsupportedError
 from nexusquant.hf.cache import cache_stats, checked_model
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.store_profiles import (
@@ -23,6 +25,7 @@ from nexusquant.hf.store_profiles import (
 from nexusquant.nxq import pack, write_file
 from nexusquant.prefix import coded
 from nexusquant.prefix.live import live_streams
+from nexusquant.prefix.loading import path_of
 from nexusquant.prefix.payloads import PAYLOADS as LIVE_CODECS
 from nexusquant.prefix.source import has_source, sources
 from nexusquant.stores import Store
@@ -83,7 +86,7 @@ def save(
             they give; 1.5 is about 10x, 0.5 about 33x.
         profile: storage profile or its file; default: the model's (`nexusquant calibrate --store`).
         embed_profile: put the profile into the file, which then needs nothing else (megabytes).
-        key: in a store; default: a digest of model, tokens and codec.
+        key: in a store; default: a digest of model, tokens, codec and its settings.
         report: called with a line of text as each step starts.
 
     Raises:
@@ -93,7 +96,11 @@ def save(
         UnsupportedError: a cache that the codec cannot take.
         StoreError: the disk or the store does not take it; nothing is left half written.
     """
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise UnsupportedError(f"expected a cache with layers, got {type(cache).__name__}.")
     owner = _model_of(cache, model)
+    if key is not None and not isinstance(target, Store):
+        raise ConfigError("key is for stores; a file has its path.")
     if codec == "auto":
         codec = coded.NAME if has_source(cache) else "raw"
     if codec not in CODECS:
@@ -103,6 +110,8 @@ def save(
     embedded: list[bytes] = []
     length = int(cache.get_seq_length())
     ids = _token_bytes(tokens, length)
+    if isinstance(target, Store) and key is None and ids is None:
+        raise ConfigError("give tokens=, or a key: a store needs a name for the prefix.")
     if codec == coded.NAME:
         known, layers = need_store_profile(owner, profile), sources(cache)
         meta, streams = coded.encode_prefix(layers, owner, known, bits, report)
@@ -112,6 +121,8 @@ def save(
         if profile is not None:
             raise ConfigError(f"codec={codec!r} uses no storage profile.")
         meta, streams = live_streams(cache, codec, with_profile=embed_profile)
+        if ids is not None and meta["live"]["sequences"] != 1:
+            raise ConfigError("token ids are of one sequence: leave them out, or save one.")
         elements = cache_stats(cache).elements
     meta = {
         **meta,
@@ -122,28 +133,19 @@ def save(
     front = {"tokens": [ids]} if ids is not None else {}
     parts = {**front, **({"profile": embedded} if embedded else {}), **streams}
     if isinstance(target, Store):
-        name = key or content_key(meta, ids)
         data = pack(meta, parts)
+        name = content_key(meta, ids or b"") if key is None else key
         target.put(name, data)
         return Saved(name, len(data), length, 2 * elements / len(data))
-    if key is not None:
-        raise ConfigError("key is for stores; a file has its path.")
-    path = Path(target).expanduser()
+    path = path_of(target)
     write_file(path, meta, parts)
     size = path.stat().st_size
     return Saved(str(path), size, length, 2 * elements / size)
 
 
-def content_key(meta: dict[str, Any], ids: bytes | None) -> str:
-    """Name of a prefix in a store: the same model, tokens and codec have the same.
-
-    Raises:
-        ConfigError: without tokens there is no content to tell prefixes apart by.
-    """
-    if ids is None:
-        raise ConfigError("give tokens=, or a key: a store needs a name for the prefix.")
-    named = {x: meta.get(x) for x in ("fingerprint", "codec", "profile", "step", "dtype")}
-    digest = hashlib.blake2b(json.dumps(named, sort_keys=True).encode(), digest_size=16)
+def content_key(meta: dict[str, Any], ids: bytes) -> str:
+    """Name of a prefix in a store: the same model, tokens and settings have the same."""
+    digest = hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16)
     digest.update(ids)
     return f"{digest.hexdigest()}.nxq"
 
@@ -155,6 +157,9 @@ def _model_of(cache: Any, given: nn.Module | None) -> Any:
     if model is None:
         raise ConfigError("give model=, the one that this cache was made with.")
     checked: Any = checked_model(model)
+    made_with = {x.fingerprint if x.model is None else fingerprint(x.model) for x in leases}
+    if made_with - {fingerprint(checked), ""}:  # "": a model that does not exist any more
+        raise ConfigError("this cache was made with another model than the one given.")
     return checked
 
 
@@ -162,12 +167,13 @@ def _token_bytes(tokens: Tensor | Iterable[int] | None, length: int) -> bytes | 
     """Little-endian u32."""
     if tokens is None:
         return None
-    given = tokens.flatten().tolist() if isinstance(tokens, Tensor) else list(tokens)
-    if len(given) != length:
-        raise ConfigError(f"{len(given)} token ids, but the cache holds {length} tokens.")
-    if not all(isinstance(x, int) and 0 <= x < 1 << 32 for x in given):
-        raise ConfigError("token ids must be integers from 0 to 2^32 - 1.")
-    ids = array("I", given)
+    try:
+        listed = tokens.flatten().tolist() if isinstance(tokens, Tensor) else list(tokens)
+        if len(listed) != length:
+            raise ConfigError(f"{len(listed)} token ids, but the cache holds {length} tokens.")
+        ids = array("I", [operator.index(x) for x in listed])
+    except (TypeError, OverflowError) as error:
+        raise ConfigError(f"token ids must be integers from 0 to 2^32 - 1 ({error}).") from error
     if sys.byteorder == "big":
         ids.byteswap()
     return ids.tobytes()

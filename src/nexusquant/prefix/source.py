@@ -41,10 +41,10 @@ def sources(cache: Any) -> list[LayerSource]:
         UnsupportedError: an empty cache, several sequences, tokens evicted, or layers that are no
             plain attention.
     """
+    if not cache.layers or cache.get_seq_length() == 0:
+        raise UnsupportedError("this cache is empty: there is nothing to save.")
     found = [_source(index, layer) for index, layer in enumerate(cache.layers)]
     ends = {x.start + x.keys.shape[1] for x in found}
-    if ends in (set(), {0}):
-        raise UnsupportedError("this cache is empty: there is nothing to save.")
     if len(ends) > 1:
         raise UnsupportedError(f"the layers of this cache end at different tokens: {sorted(ends)}.")
     return found
