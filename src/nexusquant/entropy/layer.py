@@ -90,7 +90,6 @@ class LayerCode:
         """
         if len(pages) != len(counts) or min(counts, default=1) < 1:
             raise FormatError(f"{len(pages)} pages of {counts} tokens: damaged.")
-        heads, *dims = self.profile.shapes[self.layer]
         page = max(counts, default=1)
         real = torch.arange(page) < torch.tensor(counts, dtype=torch.int64)[:, None]
         paged = torch.zeros(real.shape, dtype=torch.int16)
@@ -106,7 +105,22 @@ class LayerCode:
             n[i, :count] = torch.from_numpy(points.reshape(count, -1))
             coset[i, :count] = torch.from_numpy(bits != 0)
         y = reconstruct(n, coset, self._steps(paged))
-        y = y.flatten(0, 1) if bool(real.all()) else y[real]
+        return self._split(y.flatten(0, 1) if bool(real.all()) else y[real])
+
+    def vectors(self, n: NDArray[np.int32], coset: NDArray[np.int32]) -> tuple[Tensor, Tensor]:
+        """Keys and values of one page of `points`, made without `extra`.
+
+        Raises:
+            FormatError: they are infinite.
+        """
+        tokens = len(n)
+        points = torch.from_numpy(n.reshape(1, tokens, -1))
+        steps = self._steps(torch.zeros(1, tokens, dtype=torch.int16))
+        return self._split(reconstruct(points, torch.from_numpy(coset != 0)[None], steps)[0])
+
+    def _split(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of coded coordinates (tokens, coded)."""
+        heads, *dims = self.profile.shapes[self.layer]
         both = zip(self.sides, dims, y.split(self._coded, -1), strict=True)
         keys, values = (
             self._leave(side, part).unflatten(-1, (heads, dim)).transpose(0, 1)
