@@ -88,9 +88,12 @@ class ArrayReader:
     """
 
     def __init__(self, reader: Reader, stream: str, payload: Payload, device: torch.device) -> None:
-        self._reader, self._stream, self._payload = reader, stream, payload
-        self.device, self._next = device, 1
-        raw = reader.read(stream, 0)
+        self._stream, self._payload, self.device = stream, payload, device
+        if not reader.streams.get(stream):
+            raise FormatError(f"{stream}: missing.")
+        # In one read, which matters where each is a request.
+        raw, *self._chunks = reader.read_range(stream, 0, reader.streams[stream])
+        self._next = 0
         if len(raw) > MAX_ABOUT:
             raise FormatError(f"{stream}: a description of {len(raw)} bytes.")
         try:
@@ -118,10 +121,9 @@ class ArrayReader:
         """
         size = prod(shape) * DTYPES[dtype].itemsize
         stop = self._next + pieces(size)
-        if stop > self._reader.streams[self._stream]:
+        if stop > len(self._chunks):
             raise FormatError(f"{self._stream}: {what} of {size} bytes is missing.")
-        chunks = self._reader.read_range(self._stream, self._next, stop)
-        self._next = stop
+        chunks, self._next = self._chunks[self._next : stop], stop
         run = shape[-1] if along_tokens else 0
         try:
             data = self._payload.decode(chunks, size, run)
@@ -138,7 +140,7 @@ class ArrayReader:
     def close(self) -> None:
         """Everything was read."""
         self.about.close()
-        if left := self._reader.streams[self._stream] - self._next:
+        if left := len(self._chunks) - self._next:
             raise FormatError(f"{self._stream}: {left} chunks more than its description implies.")
 
 

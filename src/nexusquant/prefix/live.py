@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,7 +181,10 @@ def _read_profile(
             return None
         return profile_of_bytes(reader.read(_PROFILE, 0), model)
 
-    return matching_profile(model, config.rope_page, about.text("profile"), given, held)
+    wanted = about.text("profile")
+    if not re.fullmatch("[0-9a-f]{32}", wanted):
+        raise about.fail("profile", "32 hex digits")
+    return matching_profile(model, config.rope_page, wanted, given, held)
 
 
 @dataclass(frozen=True)

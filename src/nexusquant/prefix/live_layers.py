@@ -198,6 +198,8 @@ def _read_held(
     layer: CompactLayer, about: Fields, arrays: ArrayReader, around: Surroundings
 ) -> None:
     whole = around.whole
+    if not whole.batch:
+        raise FormatError(f"{about.where}: tokens of no sequence.")
     heads, dims = about.integer("heads", 1, _MAX_HEADS), about.items("dims")
     if len(dims) != 2 or any(type(x) is not int or not 1 <= x <= _MAX_DIM for x in dims):
         raise about.fail("dims", f"two numbers from 1 to {_MAX_DIM}")

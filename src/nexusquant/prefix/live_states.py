@@ -61,6 +61,9 @@ def read_states(layer: LinearStateLayer, about: Fields, arrays: ArrayReader, bat
         setattr(layer, name, dict(enumerate(known)))
         setattr(layer, f"is_{name}_initialized", {i: x is not None for i, x in enumerate(known)})
     about.close()
+    for kernel, x in zip(kernels, layer.conv_states.values(), strict=True):
+        if kernel is not None and not layer.record_past and (x is None or x.shape[-1] != kernel):
+            raise about.fail("kernels", "the sizes of the convolutions' states")
 
 
 def _read_state(about: Fields, arrays: ArrayReader, batch: int) -> Any:

@@ -1,4 +1,4 @@
-"""Which profile codes refer to: a digest of what decoding depends on, and finding that profile."""
+"""Which profile codes refer to: a digest of its content, and finding the profile that has it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ _digests: weakref.WeakKeyDictionary[Profile, str] = weakref.WeakKeyDictionary()
 
 
 def profile_digest(profile: Profile) -> str:
-    """32 hex digits of the transforms and means of a complete profile."""
+    """32 hex digits of all tensors of a complete profile: what codes mean, and what following
+    tokens are coded like."""
     if profile not in _digests:
         digest = blake2b(digest_size=16)
         for index, layer in sorted(profile.layers.items()):
+            digest.update(f"layer {index} {float(layer.inverse_residual)!r} ".encode())
             for name in SIDES:
-                side = getattr(layer, name)
-                digest.update(f"{index} {name} {tuple(side.mean.shape)} ".encode())
-                for x in (side.inverse, side.mean):
-                    digest.update(x.cpu().contiguous().numpy())
+                for field, x in vars(getattr(layer, name)).items():
+                    digest.update(f"{name} {field} {tuple(x.shape)} ".encode())
+                    digest.update(x.detach().float().cpu().contiguous().numpy())
         _digests[profile] = digest.hexdigest()
     return _digests[profile]
 
