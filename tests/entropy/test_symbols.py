@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from nexusquant.entropy import symbols
 from nexusquant.entropy.classes import CLASSES, KEYS, UNKNOWN, Classes, order, parts
-from nexusquant.entropy.symbols import REACH, decode, encode
+from nexusquant.entropy.symbols import REACH, SYMBOLS, Tables, decode, encode
 from nexusquant.errors import FormatError, NonFiniteError
 from nexusquant.kernels import use_operator
 from tests.entropy.cases import classes_of, points_of, profile
@@ -167,6 +168,28 @@ def test_views_of_bytes_decode() -> None:
     data = encode(*points, classes, TABLES)
     at = memoryview(b"x" + data)[1:]  # not even aligned
     np.testing.assert_array_equal(decode(at, classes, TABLES)[0], points[0])
+
+
+def test_bytes_are_those_of_every_machine(each_operator: str) -> None:
+    """Nothing here is from a generator or a float: what is stored must be read for years."""
+    at = np.arange(SYMBOLS)
+    values = (1 + 60000 // (4 + (at - REACH) ** 2)).astype(np.uint16)
+    cosets = np.array([40000, 20000], np.uint16)
+    tables = Tables(
+        np.tile(values, (2, CLASSES, 2, 1)) + np.arange(CLASSES, dtype=np.uint16)[:, None, None],
+        np.tile(cosets, (2, CLASSES, 1)),
+    )
+    count = np.arange(3 * 4 * 8, dtype=np.int32).reshape(3, 4, 8)
+    n = (count * 7919 % 101 - 50) * (1 + 900 * (count % 13 == 0)).astype(np.int32)
+    n[..., 0] -= n.sum(-1) & 1
+    classes = Classes(
+        np.array([0, 0, 1, 1], np.int32), np.arange(8, dtype=np.int32).reshape(2, 4) * 9 - 40,
+        np.arange(64, dtype=np.int32).reshape(2, 4, 8) * 2 - 38, np.array([0, 6, -24], np.int32),
+    )  # fmt: skip
+    coset = (count[..., 0] // 8 % 3 == 0).astype(np.int32)
+    data = encode(n, coset, classes, tables)
+    assert hashlib.blake2b(data, digest_size=8).hexdigest() == "53d7f75b96b7189c"
+    np.testing.assert_array_equal(decode(data, classes, tables)[0], n)
 
 
 def test_models_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
