@@ -22,6 +22,7 @@ from nexusquant.profile import Profile
 from nexusquant.profile_store import cache_dir
 from nexusquant.residual import OutputSide
 from nexusquant.statistics import LayerStatistics
+from nexusquant.tokens import narrowed
 
 StoreProfileLike = StoreProfile | str | Path | None
 _TOKENS = 8192
@@ -53,7 +54,8 @@ class StoreCollector(Collector):
         some = slice(skip, skip + self._each)
         slots = torch.arange(chunk.start, chunk.start + tokens, device=chunk.keys.device)
         keys = frame.enter(chunk.keys[:1, :, some], slots[some].view(1, 1, -1))[0]
-        sample = Sample(keys.half().cpu(), chunk.values[0, :, some].half().cpu())
+        held = (narrowed(x, torch.float16).cpu() for x in (keys, chunk.values[0, :, some]))
+        sample = Sample(*held)
         self.samples.setdefault(chunk.layer_idx, []).append(sample)
         last = slots[-chunk.queries.shape[2] :].view(1, 1, -1)
         queries = frame.remove(chunk.queries[:1], last)[0]
