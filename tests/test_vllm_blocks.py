@@ -110,9 +110,10 @@ def test_other_blocks_are_refused(codec: BlockCodec) -> None:
 
 
 def test_codecs_by_name() -> None:
-    assert {name: make_codec(name, {}).name for name in CODECS} == {n: n for n in CODECS}
+    assert list(CODECS) == ["raw", "e8", "entropy"]
+    assert [make_codec(name, {}).name for name in ("raw", "e8")] == ["raw", "e8"]
     assert make_codec("e8", {"bits": 5}).identity()["bits"] == 5
-    with pytest.raises(ConfigError, match="raw, e8"):
+    with pytest.raises(ConfigError, match="raw, e8, entropy"):
         make_codec("zip", {})
     with pytest.raises(ConfigError, match="bit"):
         make_codec("e8", {"bit": 4})

@@ -7,13 +7,15 @@ import gc
 import re
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from nexusquant.hf.fingerprint import fingerprint
+from nexusquant.hf.fingerprint import fingerprint, fingerprint_of_folder
 from tests.hf.models import KINDS, prompt, tiny
 
 
@@ -30,6 +32,20 @@ def test_the_same_weights_in_another_dtype_are_the_same_model(kind: str) -> None
     for dtype in (torch.bfloat16, torch.float64, torch.float32):
         assert fingerprint(copy.deepcopy(model).to(dtype)) == found
     assert fingerprint(rounded(kind)) == found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_has_the_fingerprint_of_its_model(kind: str, tmp_path: Path) -> None:
+    assert fingerprint_of_folder(tmp_path) is None
+    model = tiny(kind)
+    model.save_pretrained(tmp_path)
+    renamed = kind == "gpt_neox"  # lm_head is called embed_out in its files
+    assert fingerprint_of_folder(tmp_path) == (None if renamed else fingerprint(model))
+    (file,) = tmp_path.glob("*.safetensors")
+    weights = load_file(file)
+    del weights[min(weights)]
+    save_file(weights, file)
+    assert fingerprint_of_folder(tmp_path) is None
 
 
 def test_weights_in_full_precision_are_the_same_model_in_bf16() -> None:

@@ -7,11 +7,13 @@ import json
 import re
 import uuid
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 _SAMPLES = 16  # elements read per parameter
 # Fields that every config has or that belong to `generate`, and those that only training, loading
@@ -62,6 +64,10 @@ def forget(model: Any) -> None:
     _known.pop(model, None)
 
 
+def _config(model: Any) -> str:
+    return json.dumps(_relevant(model.config.to_dict()), sort_keys=True, default=str)
+
+
 @torch.no_grad()
 def fingerprint(model: Any) -> str:
     """16 hex digits of a model's weights and of the config fields that attention may depend on.
@@ -71,17 +77,23 @@ def fingerprint(model: Any) -> str:
     need not be), and fine-tuned weights are another.
     """
     parameters = dict(model.named_parameters())
-    config = json.dumps(_relevant(model.config.to_dict()), sort_keys=True, default=str)
+    config = _config(model)
     version = config, *((p.data_ptr(), p._version) for p in parameters.values())
     if model in _known and _known[model][0] == version:
         return _known[model][1]
+    found = _digest(config, {name: _held(model, name, p) for name, p in parameters.items()})
+    _known[model] = version, found
+    return found
+
+
+def _digest(config: str, parameters: dict[str, Tensor | None]) -> str:
+    """Of a config as JSON and of weights, as far as they can be had."""
     digest = hashlib.sha256(config.encode())
-    for name, parameter in sorted(parameters.items()):
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        weight = _held(model, name, parameter)
+    for name, weight in sorted(parameters.items()):
         if weight is None:  # nobody can say which model this is: it is like no other
             digest.update(uuid.uuid4().bytes)
             break
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
         if not weight.numel():
             continue
         flat = weight.detach().reshape(-1)
@@ -90,6 +102,28 @@ def fingerprint(model: Any) -> str:
         if sample.is_floating_point():
             sample = sample.to(torch.bfloat16).view(torch.int16)
         digest.update(sample.cpu().numpy().tobytes())
-    found = digest.hexdigest()[:16]
-    _known[model] = version, found
-    return found
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def fingerprint_of_folder(folder: Path) -> str | None:
+    """The `fingerprint` of the model in a folder, of whose weights only the samples are read.
+
+    None if transformers does not know the model, or calls its weights otherwise than the files do.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        weights: dict[str, Tensor] = {}
+        wanted = dict(model.named_parameters())
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(str(file), framework="pt") as opened:  # mapped, not read
+                weights |= {name: opened.get_tensor(name) for name in wanted.keys() & opened.keys()}
+    # What transformers raises for models that it does not know is no closed list; and who asks has
+    # other ways to find a profile.
+    except Exception:
+        return None
+    if any(name not in weights or weights[name].shape != p.shape for name, p in wanted.items()):
+        return None
+    return _digest(_config(model), {**weights})

@@ -113,6 +113,15 @@ def check_head(
         "shapes": [[list(k), list(v)] for k, v in shapes],
         "first_position": first_position,
     }
+    return check_meta(meta, expected)
+
+
+def check_meta(meta: Mapping[str, Any], expected: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that a block says it was made from, if it says what is expected.
+
+    Raises:
+        FormatError: names what is different.
+    """
     wrong = sorted(name for name in expected if meta.get(name) != expected[name])
     dtype = getattr(torch, str(meta.get("dtype")), None)
     if wrong or not isinstance(dtype, torch.dtype):

@@ -70,7 +70,9 @@ class NexusQuantConnector(KVConnectorBase_V1):
         support.check(vllm_config, kv_cache_config)
         transfer = self._kv_transfer_config
         self._settings = settings = Settings.read(transfer.kv_connector_extra_config)
-        self._codec = make_codec(settings.codec, settings.codec_options)
+        self._codec = make_codec(
+            settings.codec, settings.codec_options, support.served(vllm_config)
+        )
         self._namespace = support.namespace(vllm_config, settings, self._codec.identity())
         self._seed = self._namespace.seed()
         self._counters = Counters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ def frequencies(config: Any) -> Frequencies:
     told = getattr(config, "rope_parameters", None)
     if not told or "rope_theta" not in told:
         raise UnsupportedError("the model has no rotary embedding, or several.")
+    if not all(getattr(config, "no_rope_layers", None) or [1]):
+        raise UnsupportedError("the model has no rotary embedding in some layers.")
     kind = told.get("rope_type", "default")
     if kind in _BY_LENGTH:
         raise UnsupportedError(f"rotary embeddings of type {kind} depend on the sequence's length.")
@@ -38,6 +41,29 @@ def frequencies(config: Any) -> Frequencies:
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dim = int(dim * told.get("partial_rotary_factor", 1.0))
     return told["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
+
+
+def check_rotation(config: Any, rope: Frequencies) -> None:
+    """Compare `rotate` with the function that transformers has for this type of model.
+
+    Raises:
+        UnsupportedError: they differ (interleaved pairs, for one), or there is no such function.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = config.get_text_config().model_type
+    cos, sin = rows(rope, torch.arange(40, 44))
+    x = torch.linspace(-1, 1, 8 * cos.shape[1]).view(1, 2, 4, -1)
+    try:
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]]
+        turn = sys.modules[model.__module__].apply_rotary_pos_emb
+        found = turn(x, x, cos[None], sin[None])[1]
+    # Whatever a function of other arguments, or a type that is not known, ends in.
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise UnsupportedError(f"how {kind} rotates keys cannot be found out ({error}).") from error
+    if found.shape != x.shape or not torch.allclose(found, rotate(x, cos, sin), atol=1e-4):
+        raise UnsupportedError(f"{kind} rotates keys in another way than by halves.")
 
 
 def rows(rope: Frequencies, positions: Tensor) -> tuple[Tensor, Tensor]:

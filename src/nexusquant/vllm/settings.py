@@ -15,7 +15,8 @@ class Settings:
 
     Attributes:
         store: URL of the store (`nexusquant.stores.open_store`): a directory, redis://, s3://, ...
-        codec: "e8" or "raw".
+        codec: "e8", "entropy" or "raw"; "entropy" if it is not said and codec_options have a
+            "profile".
         codec_options: arguments of the codec, as {"bits": 6}.
         model: what the model is called in the keys of blocks, in place of what is found out about
             its weights. For servers that load the same weights in different ways.
@@ -73,4 +74,5 @@ class Settings:
                 'kv_connector_extra_config needs "store": the URL of a directory, of Redis'
                 ' ("redis://127.0.0.1:6379/0") or of what fsspec opens.'
             )
-        return Settings(**given)
+        with_profile = "profile" in (given.get("codec_options") or ())
+        return Settings(**{"codec": "entropy" if with_profile else "e8", **given})

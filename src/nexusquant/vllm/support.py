@@ -9,6 +9,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from nexusquant.errors import ConfigError, UnsupportedError
 from nexusquant.vllm.identity import identity
 from nexusquant.vllm.keys import Namespace
+from nexusquant.vllm.profiles import Served
 from nexusquant.vllm.settings import Settings
 
 
@@ -75,6 +76,19 @@ def namespace(vllm_config: Any, settings: Settings, codec: dict[str, Any]) -> Na
         cache_dtype=vllm_config.cache_config.cache_dtype,
         block_size=vllm_config.cache_config.block_size,
         codec=codec,
+        tensor_parallel=parallel.tensor_parallel_size,
+        pipeline_parallel=parallel.pipeline_parallel_size,
+    )
+
+
+def served(vllm_config: Any) -> Served:
+    """What codecs may ask about the model."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return Served(
+        model=model.model,
+        config=model.hf_config,
+        revision=model.revision,
+        download_dir=vllm_config.load_config.download_dir,
         tensor_parallel=parallel.tensor_parallel_size,
         pipeline_parallel=parallel.pipeline_parallel_size,
     )
