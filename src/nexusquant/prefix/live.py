@@ -17,7 +17,6 @@ from nexusquant.errors import ConfigError, FormatError, UnsupportedError
 from nexusquant.hf.cache import NexusCache, checked_model, text_config
 from nexusquant.hf.coverage import cover
 from nexusquant.hf.fingerprint import fingerprint
-from nexusquant.hf.hybrid import LinearStateLayer
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.profiles import ProfileLike
 from nexusquant.hf.quirks import layer_of
@@ -48,6 +47,7 @@ VERSION = 1
 _PROFILE = "profile"
 _MAX_LENGTH = (1 << 30) - 1
 _MAX_BATCH = 1 << 20
+_REMEMBER = ("recurrent_gemma",)  # its modules hold the recurrent state of the last forward pass
 
 
 def live_streams(
@@ -97,19 +97,32 @@ def _config_of(cache: Cache) -> CompressionConfig:
     """What the cache was made with; sliding-window layers have less of it."""
     layers = [x for x in cache.layers if isinstance(x, CompactLayer)]
     if not layers:
-        raise UnsupportedError(f"expected a compressed cache, got {type(cache).__name__}.")
+        raise UnsupportedError(
+            f"no layer of this {type(cache).__name__} is compressed: a live copy is of a NexusCache"
+            " or a cache made in a nexusquant_evict block."
+        )
     return next((x for x in layers if not x.is_sliding), layers[0]).config
 
 
 def _fingerprint_of(layers: list[Any]) -> str:
     """Of the model that a cache belongs to."""
-    lease = next(x.lease for x in layers if isinstance(x, (CompactLayer, LinearStateLayer)))
+    lease = next(x.lease for x in layers if isinstance(x, CompactLayer))
     model = None if lease is None else lease.model
     if model is not None:
+        _check_model(model)
         return fingerprint(model)
     if lease is None or not lease.detached:
         raise UnsupportedError("the model of this cache does not exist any more.")
     return lease.fingerprint
+
+
+def _check_model(model: Any) -> None:
+    """Raise `UnsupportedError` if a cache is not all that the model remembers."""
+    if text_config(model).model_type in _REMEMBER:
+        raise UnsupportedError(
+            f"{type(model).__name__} keeps a state outside of its cache: such a cache cannot be"
+            " saved."
+        )
 
 
 def _profile_of(layers: list[Any]) -> Profile | None:
@@ -136,6 +149,7 @@ def load_live(reader: Reader, model: nn.Module, profile: ProfileLike = None) -> 
         ProfileError: the profile is not there, or another one was given.
     """
     model = checked_model(model)
+    _check_model(model)
     header = Fields(reader.meta, "header")
     payload, about = payload_of(header.choice("codec", PAYLOADS)), header.part("live")
     about.integer("version", VERSION, VERSION)
