@@ -41,7 +41,7 @@ def model_of(kind: str, seed: int = 0) -> Any:
     """A fresh one; the same every time."""
     if kind in ("smollm3", "cohere2", "falcon_h1", "gemma3n_text"):
         return build(kind, seed)
-    if kind == "gemma3":
+    if kind in ("gemma3", "mistral"):
         return tiny(kind, seed=seed, sliding_window=48)
     if kind == "bfloat16":
         return tiny(seed=seed).bfloat16()

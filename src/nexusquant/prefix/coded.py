@@ -24,7 +24,7 @@ FUTURE = 512
 """Positions that queries are expected at: those that follow."""
 MOST = 512
 """Elements per byte that a file may claim to hold: ten times what real ones do."""
-MOST_HIDDEN = 1 << 20
+MOST_HIDDEN = 1 << 18
 """Positions before the first that any layer holds: a live cache has to know their rotation."""
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
