@@ -17,12 +17,24 @@ from tests.tiny_checkpoint import tiny_model, tiny_tokenizer
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
+def installed(package: str) -> bool:
+    """Whether there is such a package, not just a folder of tests with its name."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
 def examples() -> list[doctest.DocTest]:
     """All docstrings with examples, of all modules."""
     finder = doctest.DocTestFinder()
     found = []
-    kernels = {"nexusquant.kernels.cpu.": "numba", "nexusquant.kernels.gpu.": "triton"}
-    absent = tuple(prefix for prefix, needs in kernels.items() if not find_spec(needs))
+    wanted = {
+        "nexusquant.kernels.cpu.": "numba",
+        "nexusquant.kernels.gpu.": "triton",
+        "nexusquant.vllm.connector": "vllm",
+        "nexusquant.vllm.metrics": "vllm",
+        "nexusquant.vllm.support": "vllm",
+    }
+    absent = tuple(prefix for prefix, needs in wanted.items() if not installed(needs))
     for info in pkgutil.walk_packages(nexusquant.__path__, "nexusquant."):
         if not info.name.endswith("__main__") and not info.name.startswith(absent):
             found += finder.find(importlib.import_module(info.name), info.name)

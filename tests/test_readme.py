@@ -14,7 +14,8 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.usefixtures("own_scorers")
-def test_every_python_block_of_the_readme_runs(capsys):
+def test_every_python_block_of_the_readme_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     tokenizer = tiny_tokenizer()
     text = "the quick brown fox jumps over the lazy dog " * 12
     names = {

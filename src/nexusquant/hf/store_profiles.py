@@ -113,6 +113,12 @@ def save_store_profile(profile: StoreProfile, path: str | Path | None = None) ->
 
     Raises:
         ProfileError: not a storage profile, or the disk does not take it.
+
+    Example:
+        >>> from nexusquant import calibrate_store, save_store_profile
+        >>> profile = calibrate_store(model, tokenizer, [text], pieces=1)
+        >>> save_store_profile(profile).name.endswith("-store.safetensors")
+        True
     """
     if not isinstance(profile, StoreProfile):
         raise ProfileError(f"not a storage profile but {type(profile).__name__}.")
@@ -131,6 +137,12 @@ def load_store_profile(path: str | Path) -> StoreProfile:
 
     Raises:
         ProfileError: not there, not one, or damaged.
+
+    Example:
+        >>> from nexusquant import calibrate_store, load_store_profile, save_store_profile
+        >>> profile = calibrate_store(model, tokenizer, [text], pieces=1)
+        >>> load_store_profile(save_store_profile(profile)).digest == profile.digest
+        True
     """
     try:
         data = Path(path).expanduser().read_bytes()

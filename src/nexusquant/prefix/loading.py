@@ -59,6 +59,17 @@ def load(
         StoreError: it cannot be read, or the store has no such key.
         UnsupportedError: it is another model's.
         ConfigError: arguments that do not fit together.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from nexusquant import NexusCache, load, save
+        >>> cache = NexusCache(model, quality="high")
+        >>> output = model.generate(input_ids, past_key_values=cache, max_new_tokens=8)
+        >>> with TemporaryDirectory() as folder:
+        ...     saved = save(cache, f"{folder}/prefix.nxq")
+        ...     again = load(saved.key, model)
+        >>> again.nbytes == cache.nbytes
+        True
     """
     model = checked_model(model)
     with open_prefix(place, key) as reader:

@@ -95,6 +95,15 @@ def save(
         NonFiniteError: NaN or infinity in keys or values.
         UnsupportedError: a cache that the codec cannot take.
         StoreError: the disk or the store does not take it; nothing is left half written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from nexusquant import NexusCache, save
+        >>> cache = NexusCache(model, quality="high")
+        >>> output = model.generate(input_ids, past_key_values=cache, max_new_tokens=8)
+        >>> with TemporaryDirectory() as folder:
+        ...     print(save(cache, f"{folder}/prefix.nxq"))
+        407 tokens in 0.0... MiB, ...x smaller than fp16: ...prefix.nxq
     """
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise UnsupportedError(f"expected a cache with layers, got {type(cache).__name__}.")
