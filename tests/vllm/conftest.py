@@ -12,13 +12,25 @@ from typing import Any
 
 import pytest
 
-from nexusquant.loading import demo_model
+from nexusquant.calibration import calibrate_store
+from nexusquant.demo import calibration_text
+from nexusquant.hf.store_profiles import save_store_profile
+from nexusquant.loading import demo_model, load_model
 
 
 @pytest.fixture(scope="session")
 def model() -> Path:
     """SmolLM2-135M-Instruct, in the user's cache directory as `nexusquant demo` leaves it."""
     return demo_model()
+
+
+@pytest.fixture(scope="session")
+def profile(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A storage profile of that model, from less text than `nexusquant calibrate --store` takes."""
+    network, tokenizer = load_model(model)
+    text = calibration_text()
+    made = calibrate_store(network, tokenizer, [text], tokens=1024, pieces=3, source="test")
+    return save_store_profile(made, tmp_path_factory.mktemp("profile") / "store.safetensors")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nexusquant.hf.store_profiles import load_store_profile, save_store_profile
 from tests.vllm.engine import BLOCK, PROMPT, run
 
 COLD = {"do": "generate", "name": "cold"}
@@ -62,23 +63,47 @@ def test_a_flipped_byte_is_computed_again(raw: Any, plain: Any) -> None:
 
 @pytest.mark.parametrize(("bits", "limit"), [(8, 1e-3), (6, 1e-2)])
 def test_compressed_drift_and_bytes(
-    bits: int, limit: float, model: Path, plain: Any, tmp_path: Path, record_property: Any
+    bits: int, limit: float, model: Path, plain: Any, tmp_path: Path
 ) -> None:
-    result = run(
-        model,
-        [COLD, RESET, AGAIN, METRICS],
-        store=str(tmp_path),
-        codec="e8",
-        codec_options={"bits": bits},
-    )
-    metrics, kl = result["metrics"], divergence(of(plain, "again"), of(result, "again"))
-    ratio = metrics["vllm:nexusquant_saved_raw_bytes"] / metrics["vllm:nexusquant_saved_bytes"]
-    sys.stdout.write(f"\ne8, {bits} bits: KL {kl:.2e} nats, {ratio:.2f} times smaller than fp32\n")
-    record_property("kl", kl)
-    assert of(result, "cold") == of(plain, "cold"), "saving changes nothing"
-    assert of(result, "again")["cached"] == of(plain, "again")["cached"]
+    kl, ratio = compressed(model, plain, tmp_path, "e8", {"bits": bits})
     assert kl < limit
     assert ratio > 0.9 * 32 / (bits + 1)
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(5, 3e-4), (4, 2e-3)])
+def test_drift_and_bytes_with_a_profile(
+    bits: float, limit: float, model: Path, profile: Path, plain: Any, tmp_path: Path
+) -> None:
+    options = {"profile": str(profile), "bits": bits}
+    kl, ratio = compressed(model, plain, tmp_path, "entropy", options)
+    assert kl < limit
+    assert ratio > 0.9 * 32 / (bits + 1)
+
+
+def test_profiles_are_found_by_the_weights(
+    model: Path, profile: Path, plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = load_store_profile(profile)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_store_profile(known)
+    kl, _ = compressed(model, plain, tmp_path / "store", "entropy", {})
+    assert kl < 3e-4
+
+
+def compressed(
+    model: Path, plain: Any, store: Path, codec: str, options: dict[str, Any]
+) -> tuple[float, float]:
+    """KL of what is generated behind loaded blocks, and how much smaller than fp32 they are."""
+    steps = [COLD, RESET, AGAIN, METRICS]
+    result = run(model, steps, store=str(store), codec=codec, codec_options=options)
+    metrics, kl = result["metrics"], divergence(of(plain, "again"), of(result, "again"))
+    ratio = metrics["vllm:nexusquant_saved_raw_bytes"] / metrics["vllm:nexusquant_saved_bytes"]
+    sys.stdout.write(
+        f"\n{codec} {options.get('bits', '')}: KL {kl:.2e} nats, {ratio:.2f} times below fp32\n"
+    )
+    assert of(result, "cold") == of(plain, "cold"), "saving changes nothing"
+    assert of(result, "again")["cached"] == of(plain, "again")["cached"]
+    return kl, ratio
 
 
 def test_a_stopped_redis_is_a_miss(model: Path, plain: Any, redis: tuple[str, Any]) -> None:
