@@ -57,6 +57,7 @@ def test_what_a_file_says(stock: Any, tmp_path: Path) -> None:
     with open_prefix(saved.key) as reader:
         meta = dict(reader.meta)
         assert 100 < meta.pop("step") + 240 < 240
+        assert meta.pop("elements") == round(saved.ratio * saved.nbytes / 2)
         assert meta == {
             "codec": "entropy", "dtype": "float32", "fingerprint": fingerprint(model),
             "model_type": "llama", "page": 256, "profile": profile.digest, "starts": [0, 0, 0],

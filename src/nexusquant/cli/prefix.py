@@ -190,7 +190,12 @@ def _contents(reader: Reader) -> Table:
     for name in reader.streams:
         table.add_row(name, f"{reader.size(name):,} B")
     table.add_section()
-    table.add_row("all streams", f"{sum(map(reader.size, reader.streams)):,} B")
+    nbytes = sum(map(reader.size, reader.streams))
+    table.add_row("all streams", f"{nbytes:,} B")
+    elements = reader.meta.get("elements")
+    if isinstance(elements, int) and elements > 0 and nbytes:
+        table.add_row("bits per element", f"{8 * nbytes / elements:.3f}")
+        table.add_row("ratio to fp16", f"{2 * elements / nbytes:.2f}x")
     return table
 
 

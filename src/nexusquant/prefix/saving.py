@@ -135,6 +135,7 @@ def save(
         elements = cache_stats(cache).elements
     meta = {
         **meta,
+        "elements": elements,
         "fingerprint": fingerprint(owner),
         "model_type": owner.config.model_type,
         "tokens": length,
