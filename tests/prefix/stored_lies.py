@@ -103,18 +103,25 @@ def lie(kind: str, source: random.Random) -> bytes:
 def _field(meta: Meta, streams: Streams, source: random.Random) -> None:
     name = source.choice(("tokens", "starts", "step", "page", "profile", "dtype", "codec", "new"))
     old = meta.get(name)
-    near = [old + d for d in (-24, -1, 1, 24)] if type(old) is int else []
+    near = _near(old, 1, 24)
     if source.random() < 0.1:
         meta.pop(name, None)
     else:
         meta[name] = source.choice([*near, *near, *NUMBERS])
 
 
+def _near(old: Any, *apart: int) -> list[int]:
+    """Integers close to this one, if it is one."""
+    if type(old) is not int or abs(old) > 1 << 52:
+        return []
+    return [old + sign * d for d in apart for sign in (-1, 1)]
+
+
 def _start(meta: Meta, streams: Streams, source: random.Random) -> None:
     starts = meta.get("starts")
     if isinstance(starts, list) and starts:
         at = source.randrange(len(starts))
-        near = [starts[at] - 1, starts[at] + 1] if type(starts[at]) is int else []
+        near = _near(starts[at], 1)
         starts[at] = source.choice([*near, *near, *NUMBERS])
 
 
