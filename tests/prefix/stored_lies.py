@@ -176,7 +176,7 @@ def _chunks(meta: Meta, streams: Streams, source: random.Random) -> None:
     if what == 0:
         del streams[name]
     elif what == 1:
-        streams[name].append(source.choice((b"", b"x", streams[name][0])))
+        streams[name].append(source.choice((b"", b"x", *streams[name][:1])))
     elif what == 2:
         streams[name] = streams[name][: source.randrange(len(streams[name]) + 1)]
     elif what == 3:
