@@ -23,6 +23,7 @@ TOKENS = 300
 
 _WRITERS = """
 import os, resource, signal, sys
+os.environ["OMP_NUM_THREADS"] = "1"  # a fork of a process with a pool of threads hangs
 from nexusquant import StoreError, save
 from nexusquant.stores import open_store
 from tests.prefix.stored_cases import case, ids, read
