@@ -73,7 +73,7 @@ def test_from_anywhere(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="home"):
         load("~no such user/p", model)
     with pytest.raises(ConfigError, match="expected a path or a store, got NoneType"):
-        load(None, model)  # type: ignore[arg-type]
+        load(None, model)
     with pytest.raises(UnsupportedError, match="expected a transformers model"):
         load(data, torch.nn.Linear(1, 1))
 

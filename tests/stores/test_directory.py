@@ -216,7 +216,7 @@ def test_places_that_cannot_be_a_store(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="at least 1"):
             DirectoryStore(tmp_path, limit)
     with pytest.raises(ConfigError, match="not a path"):
-        DirectoryStore(3)  # type: ignore[arg-type]  # on purpose
+        DirectoryStore(3)
 
 
 _FULL = """

@@ -39,7 +39,7 @@ class Storage(Protocol):
         start: int,
         stop: int,
     ) -> NDArray[Any]:
-        """As `entropy.symbols.number_keys`."""
+        """As `entropy.classes.Classes.number_keys`."""
 
 
 def storage() -> Storage | None:
