@@ -56,7 +56,8 @@ def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="folder or hub id; default: the model of `nexusquant demo`")
-    parser.add_argument("--codec", default="e8", help="e8 (default) or raw")
+    parser.add_argument("--codec", help="e8 (default), raw, or entropy (default with --profile)")
+    parser.add_argument("--profile", help="of entropy: what `nexusquant calibrate --store` wrote")
     parser.add_argument("--block-size", type=int, default=32, help="tokens; CPUs need 32 or more")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--start-seconds", type=float, default=300, help="for the servers to start")
@@ -166,12 +167,17 @@ def vllm_server(
     arguments: argparse.Namespace, role: str, store: str, folder: Path
 ) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """A server on a free port; its log is shown if something fails."""
+    settings: dict[str, Any] = {"store": store}
+    if arguments.codec:
+        settings["codec"] = arguments.codec
+    if arguments.profile:
+        settings["codec_options"] = {"profile": arguments.profile}
     transfer = {
         "kv_connector": "NexusQuantConnector",
         "kv_connector_module_path": "nexusquant.vllm",
         "kv_role": role,
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"store": store, "codec": arguments.codec},
+        "kv_connector_extra_config": settings,
     }
     port, log = free_port(), folder / f"{role}.log"
     command = [

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from nexusquant import profile_store
 from nexusquant.errors import ProfileError
 from nexusquant.profile import LayerProfile
 from nexusquant.profile_store import cache_dir, default_path, load_profile, save_profile
@@ -125,11 +124,10 @@ def test_the_old_file_survives_a_failed_write(
 ) -> None:
     before = stored.read_bytes()
 
-    def half(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
-        Path(path).write_bytes(b"half a file")
+    def fail(handle: int) -> None:
         raise error
 
-    monkeypatch.setattr(profile_store, "save_file", half)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(ProfileError if isinstance(error, OSError) else KeyboardInterrupt):
         save_profile(profile(tokens=1), stored)
     assert stored.read_bytes() == before

@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from nexusquant.errors import ProfileError
+from nexusquant.errors import ProfileError, StoreError
+from nexusquant.nxq import atomic_file
 from nexusquant.profile import SIDES, LayerProfile, Profile, Side
 
 FORMAT = 2
@@ -57,13 +58,6 @@ def save_profile(profile: Profile, path: str | Path | None = None) -> Path:
         raise ProfileError(
             "not a profile, or it has no layers yet: run a long prompt, or calibrate, first."
         )
-    if path is not None:
-        target = _file(path)
-    else:
-        try:
-            target = default_path(profile.fingerprint, profile.rope_page)
-        except RuntimeError as error:  # a user without a home
-            raise ProfileError(f"no cache directory to write to ({error}): give a path.") from error
     tensors = {
         f"{index}.{side}.{name}": getattr(getattr(layer, side), name).contiguous()
         for index, layer in profile.layers.items()
@@ -78,19 +72,24 @@ def save_profile(profile: Profile, path: str | Path | None = None) -> Path:
         "tokens": profile.tokens,
         "inverse_residual": {str(i): x.inverse_residual for i, x in profile.layers.items()},
     }
+    data = save(tensors, {"nexusquant": json.dumps(header, sort_keys=True)})
+    return write(data, path, lambda: default_path(profile.fingerprint, profile.rope_page))
+
+
+def write(data: bytes, path: str | Path | None, default: Callable[[], Path]) -> Path:
+    """A profile's file, at the path or else at the default; it appears whole or not at all.
+
+    Raises:
+        ProfileError: no path, or the disk does not take it.
+    """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-        try:
-            part.touch()
-            mode = part.stat().st_mode  # safetensors makes files that others cannot read
-            save_file(tensors, part, {"nexusquant": json.dumps(header, sort_keys=True)})
-            part.chmod(mode)
-            part.replace(target)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    except (OSError, ValueError, SafetensorError) as error:  # ValueError: no name, or a NUL in it
+        target = default() if path is None else profile_file(path)
+    except RuntimeError as error:  # a user without a home
+        raise ProfileError(f"no cache directory to write to ({error}): give a path.") from error
+    try:
+        with atomic_file(target) as file:
+            file.write(data)
+    except StoreError as error:
         raise ProfileError(f"{target}: cannot write the profile ({error}).") from error
     return target
 
@@ -111,7 +110,7 @@ def load_profile(path: str | Path, fingerprint: str | None = None) -> Profile:
         Traceback (most recent call last):
         nexusquant.errors.ProfileError: no/such/file.safetensors: not a readable profile (...).
     """
-    path = _file(path)
+    path = profile_file(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             header = _header(path, file.metadata())
@@ -142,7 +141,7 @@ def load_profile(path: str | Path, fingerprint: str | None = None) -> Profile:
     )  # fmt: skip
 
 
-def _file(path: str | Path) -> Path:
+def profile_file(path: str | Path) -> Path:
     """A path with `~` expanded."""
     if not isinstance(path, (str, os.PathLike)):
         raise ProfileError(

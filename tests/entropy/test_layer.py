@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from nexusquant.entropy.build import Sample, build_profile
 from nexusquant.entropy.lattice import NOISE, Steps, quantize_ref, reconstruct_ref
 from nexusquant.entropy.layer import LayerCode
 from nexusquant.entropy.profile import COARSEST, FINEST, OCTAVE, StoreProfile
 from nexusquant.errors import FormatError, NonFiniteError, ProfileError
 from nexusquant.kernels import use_operator
-from tests.entropy.cases import HEADS, KEY, VALUE, page, profile
+from nexusquant.profile import LayerProfile
+from tests.entropy.cases import HEADS, KEY, VALUE, page, profile, queries, side_of
 
 STEP = -12
 NONE = torch.zeros(1, dtype=torch.int16)
@@ -259,3 +261,13 @@ def test_hostile_pages_take_no_more_memory_than_honest_ones() -> None:
         take(code, source.randbytes(4000), 256, None)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < 64 << 20
+
+
+def test_directions_that_no_text_had_are_not_lost(each_operator: str) -> None:
+    """The profile's text says nothing of half of them."""
+    half = [x * (torch.arange(x.shape[-1]) % 2) for x in page(512)]
+    layers = {0: LayerProfile(side_of(HEADS, KEY), side_of(HEADS, VALUE))}
+    narrow = build_profile(layers, {0: [Sample(*half)]}, {0: queries()}, "abc", "text", 512)
+    x, code = page(100), LayerCode(narrow, 0, -8 * OCTAVE)
+    for a, b in zip(code.decode(code.encode(*x), [100]), x, strict=True):
+        assert (a - b).norm() < 0.05 * (b - b.mean(1, keepdim=True)).norm()

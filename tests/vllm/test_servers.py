@@ -16,9 +16,10 @@ from tests.vllm.engine import BLOCK, ENVIRONMENT, ROOT
 SCRIPT = ROOT / "examples" / "disaggregated_prefill.py"
 
 
-@pytest.mark.parametrize("codec", ["raw", "e8"])
-def test_one_produces_and_one_consumes(codec: str, model: Path) -> None:
-    told = example("--codec", codec, "--model", str(model))
+@pytest.mark.parametrize("codec", ["raw", "e8", "entropy"])
+def test_one_produces_and_one_consumes(codec: str, model: Path, profile: Path) -> None:
+    options = ["--profile", str(profile)] if codec == "entropy" else []
+    told = example("--codec", codec, "--model", str(model), *options)
     decode, prefill = told["decode"], told["prefill_alone"]
     whole = (decode["prompt"] - 1) // BLOCK * BLOCK
     assert decode["cached"] == whole > 500

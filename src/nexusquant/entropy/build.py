@@ -29,6 +29,8 @@ from nexusquant.profile import SIDES, LayerProfile, Shared
 
 RIDGE = 1e-3
 """Share of the mean variance added in all directions: no text shows all that will be seen."""
+FLOOR = 1e-5
+"""The same that every coordinate has at least: what has none is shrunk away at any rate."""
 _MAX_DECAY = 0.98
 _TOTAL = 65000  # of the counts of a table, about
 _PRIOR = 64.0
@@ -91,8 +93,8 @@ def build_profile(
 def _side(layer: LayerProfile, name: str, weight: Tensor, samples: list[Tensor]) -> StoreSide:
     """One transform over all heads, from the transforms of each."""
     side = getattr(layer, name)
-    floor = side.variance.amax(-1, keepdim=True).clamp(min=1e-20) * 1e-9
-    deviation = side.variance.clamp(min=floor).sqrt().repeat_interleave(GROUP, -1)
+    least = side.variance.amax(-1, keepdim=True).clamp(min=1e-20) * 1e-9
+    deviation = side.variance.clamp(min=least).sqrt().repeat_interleave(GROUP, -1)
     heads = (side.forward * deviation[..., None]).double() * weight.double().sqrt()[:, None, None]
     block = torch.block_diag(*heads)
     centred = [
@@ -112,8 +114,9 @@ def _side(layer: LayerProfile, name: str, weight: Tensor, samples: list[Tensor])
     y = [x @ basis for x in y]
     variance = sum((x * x).sum(0) for x in y) / sum(map(len, y))
     lagged = sum((x[1:] * x[:-1]).sum(0) for x in y) / sum(len(x) - 1 for x in y)
-    decay = (lagged / variance).clamp(0, _MAX_DECAY)
-    left = torch.stack([variance, variance * (1 - decay.square())])
+    floor = FLOOR * variance.mean()
+    decay = (lagged / variance.clamp(min=floor)).clamp(0, _MAX_DECAY)
+    left = torch.stack([variance, variance * (1 - decay.square())]).clamp(min=floor)
     return StoreSide(
         (forward / scale).half(), scale.float(), mean, decay.half(),
         _level(left), _level(left.unflatten(-1, (-1, GROUP)).mean(-1)),

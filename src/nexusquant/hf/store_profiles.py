@@ -13,13 +13,12 @@ from torch import nn
 from nexusquant.compressor import Chunk
 from nexusquant.entropy.build import Sample, build_profile
 from nexusquant.entropy.profile import QueryMoments, StoreProfile, profile_from_bytes
-from nexusquant.errors import ProfileError, StoreError
+from nexusquant.errors import ProfileError
 from nexusquant.frame import KeyFrame
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.profiles import Collector
-from nexusquant.nxq import atomic_file
 from nexusquant.profile import Profile
-from nexusquant.profile_store import cache_dir
+from nexusquant.profile_store import cache_dir, profile_file, write
 from nexusquant.residual import OutputSide
 from nexusquant.statistics import LayerStatistics
 from nexusquant.tokens import narrowed
@@ -122,14 +121,7 @@ def save_store_profile(profile: StoreProfile, path: str | Path | None = None) ->
     """
     if not isinstance(profile, StoreProfile):
         raise ProfileError(f"not a storage profile but {type(profile).__name__}.")
-    try:
-        target = Path(path).expanduser() if path else default_store_path(profile.fingerprint)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(target) as file:
-            file.write(profile.to_bytes())
-    except (OSError, RuntimeError, StoreError) as error:  # RuntimeError: a user without a home
-        raise ProfileError(f"cannot write the storage profile ({error}).") from error
-    return target
+    return write(profile.to_bytes(), path, lambda: default_store_path(profile.fingerprint))
 
 
 def load_store_profile(path: str | Path) -> StoreProfile:
@@ -145,8 +137,8 @@ def load_store_profile(path: str | Path) -> StoreProfile:
         True
     """
     try:
-        data = Path(path).expanduser().read_bytes()
-    except (OSError, RuntimeError) as error:
+        data = profile_file(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
         raise ProfileError(f"{path}: cannot read the storage profile ({error}).") from error
     return profile_from_bytes(data, str(path))
 

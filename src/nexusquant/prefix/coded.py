@@ -22,8 +22,6 @@ SINKS = 4
 """First tokens, which are outliers and stored as they are."""
 FUTURE = 512
 """Positions that queries are expected at: those that follow."""
-MOST = 512
-"""Elements per byte that a file may claim to hold: ten times what real ones do."""
 MOST_HIDDEN = 1 << 18
 """Positions before the first that any layer holds: a live cache has to know their rotation."""
 

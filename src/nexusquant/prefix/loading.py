@@ -16,11 +16,7 @@ from nexusquant.errors import ConfigError, FormatError, StoreError, UnsupportedE
 from nexusquant.hf.cache import checked_model
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.profiles import ProfileLike
-from nexusquant.hf.store_profiles import (
-    StoreProfileLike,
-    find_store_profile,
-    need_store_profile,
-)
+from nexusquant.hf.store_profiles import StoreProfileLike, find_store_profile, need_store_profile
 from nexusquant.nxq import Reader
 from nexusquant.prefix import coded
 from nexusquant.prefix.decoded import decode_prefix

@@ -18,10 +18,7 @@ from transformers.cache_utils import Cache
 from nexusquant.errors import ConfigError, UnsupportedError
 from nexusquant.hf.cache import cache_stats, checked_model
 from nexusquant.hf.fingerprint import fingerprint
-from nexusquant.hf.store_profiles import (
-    StoreProfileLike,
-    need_store_profile,
-)
+from nexusquant.hf.store_profiles import StoreProfileLike, need_store_profile
 from nexusquant.nxq import pack, write_file
 from nexusquant.prefix import coded
 from nexusquant.prefix.live import live_streams
