@@ -54,6 +54,12 @@ def save_profile(profile: Profile, path: str | Path | None = None) -> Path:
         >>> save_profile(profile).suffix
         '.safetensors'
     """
+    data = profile_bytes(profile)
+    return write(data, path, lambda: default_path(profile.fingerprint, profile.rope_page))
+
+
+def profile_bytes(profile: Profile) -> bytes:
+    """What `save_profile` writes."""
     if not isinstance(profile, Profile) or not profile.complete or not profile.layers:
         raise ProfileError(
             "not a profile, or it has no layers yet: run a long prompt, or calibrate, first."
@@ -72,8 +78,7 @@ def save_profile(profile: Profile, path: str | Path | None = None) -> Path:
         "tokens": profile.tokens,
         "inverse_residual": {str(i): x.inverse_residual for i, x in profile.layers.items()},
     }
-    data = save(tensors, {"nexusquant": json.dumps(header, sort_keys=True)})
-    return write(data, path, lambda: default_path(profile.fingerprint, profile.rope_page))
+    return save(tensors, {"nexusquant": json.dumps(header, sort_keys=True)})
 
 
 def write(data: bytes, path: str | Path | None, default: Callable[[], Path]) -> Path:

@@ -64,6 +64,13 @@ class Fields:
             raise self.fail(name, "one of " + ", ".join(allowed))
         return value
 
+    def pair(self, name: str, allowed: Collection[str]) -> list[str]:
+        """Two of some strings, the same or not."""
+        value = self.items(name)
+        if len(value) != 2 or any(x not in allowed for x in value):
+            raise self.fail(name, "two of " + ", ".join(allowed))
+        return value
+
     def text(self, name: str) -> str:
         """A string."""
         value = self.get(name)

@@ -35,13 +35,9 @@ from nexusquant.prefix.live_layers import (
 )
 from nexusquant.prefix.live_rope import read_table, write_table
 from nexusquant.prefix.payloads import LEVEL, PAYLOADS, Payload, payload_of
-from nexusquant.prefix.profile_identity import (
-    matching_profile,
-    profile_bytes,
-    profile_digest,
-    profile_of_bytes,
-)
+from nexusquant.prefix.profile_identity import matching_profile, profile_digest, profile_of_bytes
 from nexusquant.profile import Profile
+from nexusquant.profile_store import profile_bytes
 
 VERSION = 1
 _PROFILE = "profile"

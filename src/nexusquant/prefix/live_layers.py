@@ -229,9 +229,7 @@ def _read_held(
 def _read_tail(
     about: Fields, heads: int, dims: tuple[int, int], whole: Whole, arrays: ArrayReader
 ) -> Tail:
-    count, dtypes = about.integer("count", 0, whole.length), about.items("dtypes")
-    if len(dtypes) != 2 or any(x not in FLOATS for x in dtypes):
-        raise about.fail("dtypes", "two of " + ", ".join(FLOATS))
+    count, dtypes = about.integer("count", 0, whole.length), about.pair("dtypes", FLOATS)
     keys, values = (
         arrays.take(f"{about.where}, {what}", dtype, whole.batch, heads, count, dim)
         for what, dtype, dim in zip(("keys", "values"), dtypes, dims, strict=True)
@@ -250,9 +248,9 @@ def _read_tail(
 
 
 def _read_stock(layer: Any, about: Fields, arrays: ArrayReader, whole: Whole) -> None:
-    shapes, dtypes = about.items("shapes"), about.items("dtypes")
-    if len(dtypes) != 2 or any(x not in FLOATS for x in dtypes) or len(shapes) != 2:
-        raise about.fail("dtypes", "two of " + ", ".join(FLOATS))
+    shapes, dtypes = about.items("shapes"), about.pair("dtypes", FLOATS)
+    if len(shapes) != 2:
+        raise about.fail("shapes", "those of keys and values")
     length = about.integer("length", 1, (1 << 30) - 1)
     about.close()
     for shape in shapes:

@@ -71,9 +71,7 @@ def _read_span(about: Fields, arrays: ArrayReader, batch: int, length: int) -> S
     if rows not in (1, batch):
         raise about.fail("rows", f"1 or {batch}")
     if about.choice("kind", ("rows", "positions")) == "rows":
-        width, dtypes = about.integer("width", 1, _MOST_DIMS), about.items("dtypes")
-        if len(dtypes) != 2 or any(x not in FLOATS for x in dtypes):
-            raise about.fail("dtypes", "two of " + ", ".join(FLOATS))
+        width, dtypes = about.integer("width", 1, _MOST_DIMS), about.pair("dtypes", FLOATS)
         about.close()
         cos, sin = (
             arrays.take(f"{about.where}, {what}", dtype, rows, count, width, check=finite)

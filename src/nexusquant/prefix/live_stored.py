@@ -56,9 +56,7 @@ def _write_exact(part: ExactTokens, shape: Shape, out: ArrayWriter) -> dict[str,
 def _read_exact(about: Fields, shape: Shape, arrays: ArrayReader) -> ExactTokens:
     heads = None if about.is_null("heads") else read_heads(about, shape)
     number = shape.heads if heads is None else len(heads)
-    dtypes, slots = about.items("dtypes"), about.part("slots")
-    if len(dtypes) != 2 or any(x not in FLOATS for x in dtypes):
-        raise about.fail("dtypes", "two of " + ", ".join(FLOATS))
+    dtypes, slots = about.pair("dtypes", FLOATS), about.part("slots")
     count = slots.integer("count", 0, shape.stop)
     about.close()
     keys, values = (

@@ -14,7 +14,7 @@ from nexusquant.errors import FormatError, ProfileError
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.profiles import ProfileLike, find_profile
 from nexusquant.profile import SIDES, Profile
-from nexusquant.profile_store import default_path, load_profile, save_profile
+from nexusquant.profile_store import default_path, load_profile
 
 Held = Callable[[], Profile | None]
 
@@ -36,14 +36,8 @@ def profile_digest(profile: Profile) -> str:
     return _digests[profile]
 
 
-def profile_bytes(profile: Profile) -> bytes:
-    """What `save_profile` writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        return save_profile(profile, Path(folder) / "profile").read_bytes()
-
-
 def profile_of_bytes(data: memoryview, model: nn.Module) -> Profile:
-    """Inverse of `profile_bytes`.
+    """Inverse of `nexusquant.profile_store.profile_bytes`.
 
     Raises:
         FormatError: it is none of this model.
