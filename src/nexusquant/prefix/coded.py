@@ -18,6 +18,8 @@ from nexusquant.prefix.source import LayerSource
 from nexusquant.tokens import narrowed
 
 NAME = "entropy"
+VERSION = 1
+"""Of the codec: what a page's bytes and the profile's numbers mean."""
 SINKS = 4
 """First tokens, which are outliers and stored as they are."""
 FUTURE = 512
@@ -84,6 +86,7 @@ def encode_prefix(
         "starts": [layer.start for layer in layers],
         "step": step,
         "tokens": tokens,
+        "version": VERSION,
     }
     return meta, streams
 

@@ -18,6 +18,7 @@ from nexusquant.prefix.coded import (
     DTYPES,
     MOST_HIDDEN,
     SINKS,
+    VERSION,
     Report,
     check_shapes,
     hidden,
@@ -69,6 +70,11 @@ def _checked(
 ) -> dict[str, Any]:
     """The header's fields, which must be possible ones."""
     meta = reader.meta
+    if meta.get("version") != VERSION:
+        raise FormatError(
+            f"version {meta.get('version')!r:.80} of the codec, this nexusquant reads {VERSION}:"
+            " upgrade nexusquant, or save the prefix again."
+        )
     kinds = {"tokens": int, "step": int, "page": int, "starts": list, "profile": str}
     for name, kind in kinds.items():
         if type(meta.get(name)) is not kind:
