@@ -189,6 +189,28 @@ def test_bugs_are_recomputed_and_shown_too(caplog: pytest.LogCaptureFixture) -> 
     worker.transfer.close()
 
 
+@pytest.mark.parametrize("method", ["contains_many", "put"])
+def test_all_that_a_failure_left_out_is_unsaved(
+    raw: Worker, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    right, calls = getattr(raw.store, method), 0
+
+    def fails(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if method == "contains_many" or calls == 3:
+            raise RuntimeError("a bug of a client library")
+        return right(*given)
+
+    monkeypatch.setattr(raw.store, method, fails)
+    raw.transfer.save(blocks(range(5)))
+    raw.transfer.flush()
+    saved = {"contains_many": 0, "put": 2}[method]
+    assert raw.transfer.unsaved() == {f"digest {index}".encode() for index in range(saved, 5)}
+    counted = raw.counters.take()
+    assert (counted.get("saved_blocks", 0), counted["unsaved_blocks"]) == (saved, 5 - saved)
+
+
 def test_nan_is_not_stored() -> None:
     worker = Worker(E8Codec())
     worker.caches[1][4, 0, 0, 0] = torch.nan

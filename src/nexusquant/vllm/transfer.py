@@ -228,22 +228,22 @@ class Transfer:
         after: torch.cuda.Event | None,
         size: int,
     ) -> None:
-        started, unsaved = time.perf_counter(), []
+        started, done, unsaved = time.perf_counter(), 0, []
         try:
             with beside(self._like.device, after):
                 names = [store_key(block.digest, self._suffix) for block in blocks]
                 there = self._guard.contains_many(names)  # from another server, or earlier
                 for number, block in enumerate(blocks):
-                    if there[number]:
-                        continue
                     layers = [(keys[number], values[number]) for keys, values in gathered]
-                    if not self._store(block, layers):
+                    if not there[number] and not self._store(block, layers):
                         unsaved.append(block.digest)
+                    done += 1
         # What is not saved is a miss, and nobody asks for the result of this thread; the queue must
-        # get its room back.
+        # get its room back, and the scheduler must not take the blocks for stored.
         except Exception:
             self._logger.exception("Saving KV blocks failed; they will be misses.")
-            self._counters.add(unsaved_blocks=1)
+            self._counters.add(unsaved_blocks=len(blocks) - done)
+            unsaved.extend(block.digest for block in blocks[done:])
         self._counters.add(save_seconds=time.perf_counter() - started)
         with self._changed:
             self._unsaved.update(unsaved)
