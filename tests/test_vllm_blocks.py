@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -119,3 +120,22 @@ def test_codecs_by_name() -> None:
         make_codec("e8", {"bit": 4})
     with pytest.raises(ConfigError, match="bits=9"):
         make_codec("e8", {"bits": 9})
+    name: Any = ["e8"]
+    with pytest.raises(ConfigError, match=r"codec \['e8'\]: must be one of"):
+        make_codec(name, {})
+    options: Any = ["bits"]
+    with pytest.raises(ConfigError, match=r"codec_options=\['bits'\]: must be an object"):
+        make_codec("e8", options)
+
+
+@pytest.mark.parametrize("bits", [True, "8", 7.5, float("nan"), [8], None])
+def test_rates_that_are_no_integers(bits: Any) -> None:
+    with pytest.raises(ConfigError, match="the codec e8 has 1, 2"):
+        make_codec("e8", {"bits": bits})
+
+
+def test_a_rate_that_json_wrote_as_a_float_is_the_integer() -> None:
+    keys = [torch.randn(2, 16, 64)]
+    written, meant = make_codec("e8", {"bits": 8.0}), make_codec("e8", {"bits": 8})
+    assert repr(written.identity()) == repr(meant.identity())
+    assert written.encode(keys, keys, 0) == meant.encode(keys, keys, 0)

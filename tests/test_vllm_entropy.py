@@ -144,7 +144,7 @@ def test_what_cannot_be_coded_is_refused(codec: EntropyCodec) -> None:
     values[1][0, 9, 0] = torch.nan
     with pytest.raises(NonFiniteError):
         codec.encode(keys, values, 32)
-    wrong: list[Any] = [0, 13, "5"]
+    wrong: list[Any] = [0, 13, "5", True, float("nan")]
     for bits in wrong:
         with pytest.raises(ConfigError, match="bits="):
             EntropyCodec(profile(), ROPE, bits)
@@ -191,6 +191,8 @@ def test_the_profile_is_found_given_or_missed(
     assert "other weights" in caplog.text
     with pytest.raises(ProfileError, match="cannot read"):
         make_codec("entropy", {"profile": str(tmp_path / "none")}, served)
+    with pytest.raises(ConfigError, match="profile=5: must be the path"):
+        make_codec("entropy", {"profile": 5}, served)
 
 
 def test_models_whose_files_are_not_here_need_a_path(tmp_path: Path) -> None:

@@ -26,12 +26,39 @@ def test_settings() -> None:
         ({"store": 3}, "store"),
         ({"store": "x", "rate": 4}, "rate; known are store, codec"),
         ({"store": "x", "threads": 0}, "threads=0"),
+        ({"store": "x", "threads": "2"}, "threads='2': must be an integer of at least 1"),
+        ({"store": "x", "threads": 2.5}, "threads=2.5"),
+        ({"store": "x", "threads": True}, "threads=True"),
+        ({"store": "x", "queue_bytes": "256MiB"}, "queue_bytes='256MiB': must be an integer"),
+        ({"store": "x", "queue_bytes": 1.5}, "queue_bytes=1.5"),
         ({"store": "x", "retry_seconds": -1}, "retry_seconds=-1"),
+        ({"store": "x", "retry_seconds": None}, "retry_seconds=None: must be a number of seconds"),
+        ({"store": "x", "lookup_seconds": "1"}, "lookup_seconds='1'"),
+        ({"store": "x", "lookup_seconds": float("nan")}, "lookup_seconds=nan"),
+        ({"store": "x", "lookup_seconds": float("inf")}, "lookup_seconds=inf"),
+        ({"store": "x", "lookup_seconds": True}, "lookup_seconds=True"),
+        ({"store": "x", "wait_for_save": "false"}, "wait_for_save='false': must be true, false"),
+        ({"store": "x", "wait_for_save": 0}, "wait_for_save=0"),
+        ({"store": "x", "model": 5}, "model=5: must be text, or null"),
+        ({"store": "x", "model": ""}, "model=''"),
+        ({"store": "x", "codec": None}, "codec=None: must be the name"),
+        ({"store": "x", "codec": ["e8"]}, r"codec=\['e8'\]: must be the name"),
+        ({"store": "x", "codec_options": 5}, "codec_options=5: must be an object"),
+        ({"store": "x", "codec_options": "profile"}, "codec_options='profile'"),
+        ({"store": "x", "codec_options": ["profile"]}, r"codec_options=\['profile'\]"),
+        ({"store": "x", "codec_options": {5: 5}}, "codec_options={5: 5}"),
+        ({"store": ""}, 'needs "store"'),
+        ({"store": ["redis://user:hush@h"]}, "^store must be the URL of a store, or the path"),
     ],
 )
 def test_wrong_settings_say_what_is_right(given: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         Settings.read(given)
+
+
+def test_integers_will_do_for_seconds() -> None:
+    found = Settings.read({"store": "x", "lookup_seconds": 0, "retry_seconds": 1})
+    assert (found.lookup_seconds, found.retry_seconds, found.wait_for_save) == (0, 1, None)
 
 
 @pytest.mark.parametrize("found", ["0.31.0", "0.32.0", "0.32.1.post2", "0.32.0+cpu"])

@@ -29,8 +29,10 @@ def make_codec(name: str, options: Mapping[str, Any], served: Served | None = No
         ConfigError: unknown name or option; lists the known names.
         UnsupportedError, ProfileError: see `entropy_codec`.
     """
-    if name not in CODECS:
+    if not isinstance(name, str) or name not in CODECS:
         raise ConfigError(f"codec {name!r}: must be one of {', '.join(CODECS)}.")
+    if not isinstance(options, Mapping):
+        raise ConfigError(f'codec_options={options!r}: must be an object, such as {{"bits": 6}}.')
     try:
         return CODECS[name](served, **options)
     except TypeError as error:

@@ -32,9 +32,9 @@ class E8Codec(BlockCodec):
     version = 1
 
     def __init__(self, bits: int = 8) -> None:
-        if bits not in BITS:
+        if type(bits) not in (int, float) or bits not in BITS:  # JSON may say 8.0
             raise ConfigError(f"bits={bits!r}: the codec e8 has {', '.join(map(str, BITS))}.")
-        self.bits = bits
+        self.bits = int(bits)
 
     def identity(self) -> dict[str, Any]:
         """Name, version and rate."""

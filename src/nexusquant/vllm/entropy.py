@@ -35,7 +35,7 @@ class EntropyCodec(BlockCodec):
     version = 1
 
     def __init__(self, profile: StoreProfile, rope: Frequencies, bits: float = 5.0) -> None:
-        if not isinstance(bits, int | float) or not LEAST <= bits <= MOST:
+        if type(bits) not in (int, float) or not LEAST <= bits <= MOST:
             raise ConfigError(f"bits={bits!r}: the codec entropy takes {LEAST:g} to {MOST:g}.")
         self._rope, self._profile = rope, profile
         self._code = JointCode(profile, profile.step_for(bits, torch.zeros(1, dtype=torch.int16)))

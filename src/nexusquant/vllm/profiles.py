@@ -42,7 +42,7 @@ class Served:
 
 
 def entropy_codec(
-    served: Served | None, profile: str | None = None, bits: float = 5.0
+    served: Served | None, profile: str | Path | None = None, bits: float = 5.0
 ) -> EntropyCodec:
     """The codec `entropy` for a server.
 
@@ -54,6 +54,8 @@ def entropy_codec(
         ProfileError: a file that is no storage profile, or damaged.
         UnsupportedError: several ranks, or keys that are rotated in a way that is not known.
     """
+    if not isinstance(profile, str | Path | None):
+        raise ConfigError(f"profile={profile!r}: must be the path of a storage profile.")
     if served is None:
         raise ConfigError("the codec entropy is made for a model: say which.")
     if served.tensor_parallel * served.pipeline_parallel > 1:
@@ -70,7 +72,7 @@ def entropy_codec(
     return EntropyCodec(_profile(served, profile), rope, bits)
 
 
-def _profile(served: Served, given: str | None) -> StoreProfile:
+def _profile(served: Served, given: str | Path | None) -> StoreProfile:
     folder = _folder(served)
     mine = None if folder is None else fingerprint_of_folder(folder)
     if given is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -32,7 +33,7 @@ class Settings:
             loaded not looked for.
 
     Raises:
-        ConfigError: out of range.
+        ConfigError: of another type, or out of range.
     """
 
     store: str
@@ -46,15 +47,28 @@ class Settings:
     retry_seconds: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.threads < 1 or self.queue_bytes < 1:
-            raise ConfigError(
-                f"threads={self.threads}, queue_bytes={self.queue_bytes}: must be at least 1."
-            )
-        if self.lookup_seconds < 0 or self.retry_seconds < 0:
-            raise ConfigError(
-                f"lookup_seconds={self.lookup_seconds}, retry_seconds={self.retry_seconds}: must"
-                " not be negative."
-            )
+        def need(ok: bool, name: str, allowed: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be {allowed}.")
+
+        def text(value: object) -> bool:
+            return isinstance(value, str) and value != ""
+
+        if not text(self.store):  # not shown: it may hold a password
+            raise ConfigError("store must be the URL of a store, or the path of a directory.")
+        need(text(self.codec), "codec", 'the name of a codec, such as "e8"')
+        options = isinstance(self.codec_options, Mapping) and all(map(text, self.codec_options))
+        need(options, "codec_options", 'an object, such as {"bits": 6}')
+        need(self.model is None or text(self.model), "model", "text, or null")
+        for name in ("threads", "queue_bytes"):
+            value = getattr(self, name)
+            need(type(value) is int and value >= 1, name, "an integer of at least 1")
+        wait = self.wait_for_save is None or isinstance(self.wait_for_save, bool)
+        need(wait, "wait_for_save", "true, false or null")
+        for name in ("lookup_seconds", "retry_seconds"):
+            value = getattr(self, name)
+            seconds = type(value) in (int, float) and 0 <= value < math.inf
+            need(seconds, name, "a number of seconds of at least 0")
 
     @staticmethod
     def read(given: Mapping[str, Any]) -> Settings:
@@ -69,10 +83,11 @@ class Settings:
             raise ConfigError(
                 f"kv_connector_extra_config has {', '.join(unknown)}; known are {', '.join(known)}."
             )
-        if not isinstance(given.get("store"), str):
+        if not given.get("store"):
             raise ConfigError(
                 'kv_connector_extra_config needs "store": the URL of a directory, of Redis'
                 ' ("redis://127.0.0.1:6379/0") or of what fsspec opens.'
             )
-        with_profile = "profile" in (given.get("codec_options") or ())
+        options = given.get("codec_options")
+        with_profile = isinstance(options, Mapping) and "profile" in options
         return Settings(**{"codec": "entropy" if with_profile else "e8", **given})
