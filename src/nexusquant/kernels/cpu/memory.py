@@ -44,16 +44,6 @@ def load(_: Any, address: Any, index: Any) -> Any:
 
 
 @intrinsic
-def load_ints(_: Any, address: Any, index: Any) -> Any:
-    """16 int32 at address + 4 index."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return read_vector(builder, *args, WORD)
-
-    return I32(types.intp, types.intp), lower
-
-
-@intrinsic
 def load_bytes(_: Any, address: Any, index: Any) -> Any:
     """16 bytes at address + index, as int32 lanes of 0 to 255."""
 

@@ -119,16 +119,6 @@ def to_int(_: Any, value: Any) -> Any:
 
 
 @intrinsic
-def as_float(_: Any, value: Any) -> Any:
-    """The bits of int32 as float32."""
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], F.ir)
-
-    return F(I32), lower
-
-
-@intrinsic
 def choose(_: Any, lanes: Any, yes: Any, no: Any) -> Any:
     """`yes` where the mask is set, else `no`."""
 
