@@ -207,6 +207,42 @@ def test_what_is_not_there_is_named() -> None:
         with pytest.raises(FormatError, match=r"p\.nxq: stream 'layer\.0' has 3 chunks"):
             reader.read("layer.0", chunk)
 
+    wrong: Any
+    for wrong in (None, ["layer.0"]):
+        with pytest.raises(FormatError, match=r"p\.nxq: no stream "):
+            reader.read(wrong, 0)
+    for wrong in ("0", 0.5, None):
+        with pytest.raises(ConfigError, match=r"chunk=.*: must be an integer"):
+            reader.read("layer.0", wrong)
+        with pytest.raises(ConfigError, match=r"stop=.*: must be an integer"):
+            reader.read_range("layer.0", 0, wrong)
+
+
+def test_what_is_no_bytes_to_read() -> None:
+    data = nxq.pack(*SMALL)
+    with pytest.raises(ConfigError, match="StringIO is nothing to read"):
+        nxq.Reader.open(io.StringIO("text"))
+    with pytest.raises(ConfigError, match=r"this memoryview cannot be read .*contiguous"):
+        nxq.Reader.open(memoryview(data)[::2])
+    released = memoryview(data)
+    released.release()
+    with pytest.raises(ConfigError, match=r"this memoryview cannot be read .*released"):
+        nxq.Reader.open(released)
+    with tempfile.NamedTemporaryFile("w+") as text:
+        text.write("x" * 100)
+        with pytest.raises(ConfigError, match=r"reading gives str.*binary mode"):
+            nxq.Reader.open(text, "text")
+
+
+def test_a_file_that_was_closed_meanwhile(tmp_path: Path) -> None:
+    nxq.write_file(tmp_path / "a.nxq", *SMALL)
+    with (tmp_path / "a.nxq").open("rb") as file:
+        reader = nxq.Reader.open(file)
+    with pytest.raises(StoreError, match=r"a\.nxq: bytes .* cannot be read .*closed file"):
+        reader.read("tail", 0)
+    with pytest.raises(StoreError, match=r"a\.nxq: its size cannot be read .*closed file"):
+        nxq.Reader.open(file)
+
 
 def test_paths_that_cannot_be_opened(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path, "a\0b"):

@@ -78,9 +78,18 @@ def test_streams_that_are_no_collections_of_chunks() -> None:
             nxq.pack({}, {"a": chunks})
     with pytest.raises(ConfigError, match=r"streams that are not there: \{'b'\}"):
         nxq.pack({}, {"a": []}, {"b": {}})
-    about: Any = {"a": 3}
-    with pytest.raises(ConfigError, match="dictionaries"):
-        nxq.pack({}, {"a": []}, about)
+    wrong: Any
+    for wrong in ({"a": 3}, 5, 0, [{}]):
+        with pytest.raises(ConfigError, match="dictionaries"):
+            nxq.pack({}, {"a": []}, wrong)
+    for wrong in (None, [b"x"], 5):
+        with pytest.raises(ConfigError, match=r"streams is a .*: give a dictionary of lists"):
+            nxq.pack({}, wrong)
+        with pytest.raises(ConfigError, match=r"chunks=.*: must be a dictionary"):
+            nxq.Writer(io.BytesIO(), {}, wrong)
+    for wrong in (io.StringIO(), None):
+        with pytest.raises(ConfigError, match="no binary file"):
+            nxq.Writer(wrong, {}, {})
 
 
 def test_numbers_that_the_format_does_not_have() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from nexusquant.errors import ConfigError, FormatError, StoreError
+from nexusquant.errors import ConfigError, FormatError, NexusQuantError, StoreError
 from nexusquant.nxq import v1
 from nexusquant.nxq.head import Head, Layout, Stream, version_of
 from nexusquant.nxq.sources import Memory, Source, name_of, source_of
@@ -34,7 +36,9 @@ class Reader:
         """Use `open`."""
         self._source: Source | None = source
         self._name = name
-        self._head = head = self._read_head(source.size())
+        with self._errors("its size"):
+            size = source.size()
+        self._head = head = self._read_head(size)
         self.version = head.version
         self.meta = head.meta
         self.streams = {name: stream.chunks for name, stream in head.streams.items()}
@@ -88,11 +92,13 @@ class Reader:
             FormatError: it is damaged, or there is no such stream or chunk.
             StoreError: it cannot be read.
         """
+        chunk = _number("chunk", chunk)
         return self.read_range(name, chunk, chunk + 1)[0]
 
     def read_range(self, name: str, start: int, stop: int) -> list[memoryview]:
         """The chunks from `start` up to `stop`, like `read`, in one read of the source."""
         stream, head = self._stream(name), self._head
+        start, stop = _number("start", start), _number("stop", stop)
         if not 0 <= start <= stop <= stream.chunks:
             raise FormatError(
                 f"{self._name}: stream {name!r} has {stream.chunks} chunks, so none from {start} up"
@@ -158,13 +164,14 @@ class Reader:
             raise ConfigError(f"{self._name}: this reader was closed, open another one.")
         if start == stop:
             return memoryview(b"")  # without asking a store for nothing
+        with self._errors(f"bytes {start} to {stop - 1}"):
+            given = self._source.read(start, stop)
         try:
-            data = memoryview(self._source.read(start, stop)).toreadonly().cast("B")
-        except StoreError:
-            raise
-        except OSError as error:
-            raise StoreError(
-                f"{self._name}: bytes {start} to {stop - 1} cannot be read ({error})."
+            data = memoryview(given).toreadonly().cast("B")
+        except TypeError as error:  # of a file in text mode, say
+            raise ConfigError(
+                f"{self._name}: reading gives {type(given).__name__}, which is no contiguous bytes:"
+                " open a file in binary mode."
             ) from error
         if len(data) != stop - start:
             raise FormatError(
@@ -173,12 +180,29 @@ class Reader:
             )
         return data
 
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except NexusQuantError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a file that was closed
+            raise StoreError(f"{self._name}: {what} cannot be read ({error}).") from error
+
     def _stream(self, name: str) -> Stream:
-        if name not in self._head.streams:
+        if not isinstance(name, str) or name not in self._head.streams:
             raise FormatError(
                 f"{self._name}: no stream {name!r}, there are {', '.join(self.streams) or 'none'}."
             )
         return self._head.streams[name]
+
+
+def _number(name: str, value: int) -> int:
+    """An index, of NumPy for example; not a `1.0`."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ConfigError(f"{name}={value!r}: must be an integer.") from error
 
 
 def _close(source: Source) -> None:

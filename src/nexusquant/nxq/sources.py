@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 from contextlib import suppress
@@ -87,10 +88,15 @@ def source_of(given: Any) -> Source:
     if isinstance(given, (str, os.PathLike)):
         return MappedFile(Path(given))
     if isinstance(given, (bytes, bytearray, memoryview, mmap.mmap)):
-        return Memory(given)
+        try:
+            return Memory(given)
+        except (TypeError, ValueError) as error:  # with steps in it; released, or closed
+            raise ConfigError(
+                f"this {type(given).__name__} cannot be read ({error}): give contiguous bytes."
+            ) from error
     if isinstance(given, Source):
         return given
-    if hasattr(given, "seek") and hasattr(given, "read"):
+    if hasattr(given, "seek") and hasattr(given, "read") and not isinstance(given, io.TextIOBase):
         return OpenFile(given)
     raise ConfigError(
         f"{type(given).__name__} is nothing to read an .nxq file from: give a path, bytes, a binary"

@@ -87,7 +87,10 @@ def build_header(
     meta: Mapping[str, Any], chunks: Mapping[str, int], stream_meta: Mapping[str, Any]
 ) -> bytes:
     """The JSON of a header; ConfigError for what a reader would refuse."""
-    if not all(isinstance(about, Mapping) for about in (meta, stream_meta, *stream_meta.values())):
+    if not isinstance(chunks, Mapping):
+        raise ConfigError(f"chunks={chunks!r:.80}: must be a dictionary of streams' numbers.")
+    single = stream_meta.values() if isinstance(stream_meta, Mapping) else ()
+    if not all(isinstance(about, Mapping) for about in (meta, stream_meta, *single)):
         raise ConfigError("meta and stream_meta are dictionaries, also for single streams.")
     if unknown := set(stream_meta) - set(chunks):
         raise ConfigError(f"stream_meta is about streams that are not there: {unknown}.")

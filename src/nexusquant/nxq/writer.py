@@ -39,8 +39,10 @@ class Writer:
         chunks: Mapping[str, int],
         stream_meta: Mapping[str, Meta] | None = None,
     ) -> None:
+        if isinstance(file, io.TextIOBase) or not hasattr(file, "write"):
+            raise ConfigError(f"{type(file).__name__} is no binary file to write into.")
         self._file = file
-        self._header = v1.build_header(meta, chunks, stream_meta or {})
+        self._header = v1.build_header(meta, chunks, {} if stream_meta is None else stream_meta)
         self._owners = [name for name, count in chunks.items() for _ in range(count)]
         self._lengths: list[int] = []
         self._digests: list[bytes] = []
@@ -123,6 +125,10 @@ def _write(
     streams: Mapping[str, Collection[Chunk]],
     stream_meta: Mapping[str, Meta] | None,
 ) -> None:
+    if not isinstance(streams, Mapping):
+        raise ConfigError(
+            f"streams is a {type(streams).__name__}: give a dictionary of lists of chunks."
+        )
     for name, chunks in streams.items():
         if not isinstance(chunks, Collection):
             raise ConfigError(
