@@ -105,6 +105,8 @@ class Observer(threading.Thread):
 
     def _look(self) -> None:
         own = self._path / ".nexusquant"
+        if not own.exists():  # nobody has written yet
+            return
         with locked(own / "ledger") as ledger:  # between two changes, as any single moment is
             there = _bytes_in(self._path)
             if ledger.total is not None:  # the first writer has counted
@@ -130,7 +132,7 @@ def crowd(
     path: Path, limit: int, processes: int, seconds: float, sync: bool
 ) -> tuple[Counter[str], Observer]:
     """All of them, watched."""
-    DirectoryStore(path, limit)  # so that there is something to watch
+    DirectoryStore(path, limit)  # something to watch at once, where there is a folder
     observer = Observer(path)
     observer.start()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -50,7 +51,8 @@ def test_ranges_are_those_of_a_slice(store: Store) -> None:
         for length in (0, 1, 2, 700, 5000):
             assert store.get_range("v", start, start + length) == value[start : start + length]
             assert store.get_range("empty", start, start + length) == b""
-    for start, stop in ((-1, 3), (4, 3), (-5, -1)):
+    wrong: list[tuple[Any, Any]] = [(-1, 3), (4, 3), (-5, -1), ("0", 2), (0, 1.5), (None, 3)]
+    for start, stop in wrong:
         with pytest.raises(ConfigError, match="start <= stop"):
             store.get_range("v", start, stop)
 
@@ -94,6 +96,13 @@ def test_hostile_keys_are_refused_by_everything(store: Store, key: str) -> None:
     for call in calls:
         with pytest.raises(ConfigError, match="not a key"):
             call()
+
+
+@pytest.mark.parametrize("keys", [None, 5, "key"])
+def test_what_is_no_list_of_keys(store: Store, keys: Any) -> None:
+    for ask in (store.get_many, store.contains_many):
+        with pytest.raises(ConfigError, match="no list of keys"):
+            ask(keys)
 
 
 def test_friendly_keys_are_all_different(store: Store) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -212,11 +213,43 @@ def test_places_that_cannot_be_a_store(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(StoreError, match="cannot open the store"):
             DirectoryStore(path)
-    for limit in (0, -1):
-        with pytest.raises(ConfigError, match="at least 1"):
+    assert (tmp_path / "file").is_file()
+    wrong: list[Any] = [0, -1, 1.5, True, "2GiB"]
+    for limit in wrong:
+        with pytest.raises(ConfigError, match="must be an integer of at least 1"):
             DirectoryStore(tmp_path, limit)
+    text: Any = "false"
+    with pytest.raises(ConfigError, match="sync='false': must be True or False"):
+        DirectoryStore(tmp_path, sync=text)
+    for path in ("", "a\0b"):
+        with pytest.raises(ConfigError, match=r"path=.*: must be that of a directory"):
+            DirectoryStore(path)
+    number: Any = 3
     with pytest.raises(ConfigError, match="not a path"):
-        DirectoryStore(3)
+        DirectoryStore(number)
+
+
+@pytest.mark.parametrize("limit", [None, 300])
+def test_nothing_is_made_before_the_first_put(tmp_path: Path, limit: int | None) -> None:
+    path = tmp_path / "typo" / "below"
+    store = DirectoryStore(path, limit)
+    assert store.get("a") is store.get_range("a", 0, 3) is store.open_mmap("a") is None
+    assert store.contains_many(["a", "b"]) == [False, False]
+    assert list(store.keys()) == []
+    assert store.nbytes() == 0
+    store.delete("a")
+    assert list(tmp_path.iterdir()) == []
+    store.put("a", bytes(200))
+    store.put("b", bytes(200))
+    assert _keys(store) == ("ab" if limit is None else "b")
+    assert _keys(DirectoryStore(path, limit)) == _keys(store)
+
+
+def test_a_place_that_cannot_be_made_says_so_when_it_is_written(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "later")
+    (tmp_path / "later").touch()
+    with pytest.raises(StoreError, match=r"cannot write key .*Check path and permissions"):
+        store.put("key", b"value")
 
 
 _FULL = """

@@ -46,6 +46,17 @@ def test_a_crowd_reads_nothing_wrong_and_keeps_the_limit(
     assert sorted(x.name for x in (tmp_path / ".nexusquant").iterdir()) == ["ledger"]
 
 
+def test_ten_that_begin_at_once_where_nothing_is_yet(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "store"
+    seen, observer = crowd(path, LIMIT, 10, 1, False)
+    assert seen["wrong"] == 0
+    assert min(seen[x] for x in ("hits", "puts", "evictions")) > 50
+    assert 0.9 * LIMIT < observer.most <= LIMIT
+    assert observer.overcount == 0
+    assert DirectoryStore(path).nbytes() == sum(_visible(path).values())
+    assert sorted(x.name for x in (path / ".nexusquant").iterdir()) == ["ledger"]
+
+
 _WRITER = """
 import os, signal, sys
 from pathlib import Path

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from nexusquant.errors import ConfigError, StoreError
@@ -27,6 +28,12 @@ def check_key(key: str) -> None:
             f"{key!r:.120} is not a key of a store: give 1 to 200 ASCII letters, digits and any of"
             " `._-`, not beginning with a dot."
         )
+
+
+def need(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Refuse an argument."""
+    if not ok:
+        raise ConfigError(f"{name}={value!r}: must be {allowed}.")
 
 
 class Store(ABC):
@@ -53,13 +60,19 @@ class Store(ABC):
 
         Two calls may read two different values if somebody writes in between.
         """
-        if not 0 <= start <= stop:
-            raise ConfigError(f"bytes {start} to {stop}: the range must be 0 <= start <= stop.")
+        try:
+            right = 0 <= operator.index(start) <= operator.index(stop)
+        except TypeError:
+            right = False
+        if not right:
+            raise ConfigError(
+                f"bytes {start!r} to {stop!r}: the range must be integers 0 <= start <= stop."
+            )
         return self._read(self._checked(key), start, stop)
 
     def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
         """`get` of each key, in as few round trips as the store can."""
-        return self._read_many([self._checked(key) for key in keys])
+        return self._read_many(self._all_checked(keys))
 
     def size(self, key: str) -> int | None:
         """Bytes of the value; None if there is none."""
@@ -71,7 +84,7 @@ class Store(ABC):
 
     def contains_many(self, keys: Sequence[str]) -> list[bool]:
         """`contains` of each key, in as few round trips as the store can."""
-        return self._contains_many([self._checked(key) for key in keys])
+        return self._contains_many(self._all_checked(keys))
 
     def put(self, key: str, data: Data) -> None:
         """Store a value in place of any before it; if that fails, the one before it stays."""
@@ -109,6 +122,11 @@ class Store(ABC):
         check_key(key)
         self._check_open()
         return key
+
+    def _all_checked(self, keys: Sequence[str]) -> list[str]:
+        if isinstance(keys, str) or not isinstance(keys, Iterable):
+            raise ConfigError(f"{keys!r:.120} is no list of keys of a store: give several.")
+        return [self._checked(key) for key in keys]
 
     def _check_open(self) -> None:
         if self._closed:

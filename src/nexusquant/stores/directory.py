@@ -11,6 +11,7 @@ import hashlib
 import heapq
 import mmap
 import os
+import stat
 import sys
 import time
 import uuid
@@ -22,8 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nexusquant.errors import ConfigError, StoreError
-from nexusquant.stores.base import Store, is_key
-from nexusquant.stores.ledger import Ledger, locked, try_lock
+from nexusquant.stores.base import Store, is_key, need
+from nexusquant.stores.ledger import Ledger, locked, remove_if_dead, try_lock
 
 _OWN = ".nexusquant"  # no key begins with a dot
 _PART = "part-"
@@ -56,7 +57,7 @@ class DirectoryStore(Store):
     mounted read-only.
 
     Args:
-        path: made if missing.
+        path: made by the first `put` if missing; until then, nothing is there.
         max_bytes: None for no limit. A directory that holds more is brought down to it.
         sync: whether `put` waits until the bytes are on the disk. Without, a power cut can leave
             damaged values; with it, it can only lose the last ones. Killed processes do no harm.
@@ -67,8 +68,10 @@ class DirectoryStore(Store):
     ) -> None:
         if sys.platform == "win32":
             raise StoreError(f"{path}: directory stores need POSIX. Use Redis or fsspec.")
-        if max_bytes is not None and max_bytes < 1:
-            raise ConfigError(f"max_bytes={max_bytes}: must be at least 1, or None for no limit.")
+        limit = max_bytes is None or (type(max_bytes) is int and max_bytes >= 1)
+        need(limit, "max_bytes", max_bytes, "an integer of at least 1, or None for no limit")
+        need(isinstance(sync, bool), "sync", sync, "True or False")
+        need(path != "" and "\0" not in str(path), "path", path, "that of a directory")
         try:
             self.path = Path(path).expanduser().absolute()
         except (RuntimeError, TypeError) as error:  # no such user; not a path
@@ -80,8 +83,7 @@ class DirectoryStore(Store):
         self._counted = False
         self._oldest: deque[_Value] = deque()  # of the last listing, those not yet looked at
         with self._errors("cannot open the store"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            if max_bytes is not None:
+            if self._exists() and max_bytes is not None:
                 with self._writing() as ledger:
                     self._make_room(ledger, 0)
 
@@ -108,8 +110,11 @@ class DirectoryStore(Store):
     def nbytes(self) -> int:
         """Bytes of all values; more for a while if a writer was killed."""
         self._check_open()
-        with self._errors("cannot count"), self._writing() as ledger:
-            return ledger.total or 0
+        with self._errors("cannot count"):
+            if not self._exists():
+                return 0
+            with self._writing() as ledger:
+                return ledger.total or 0
 
     def _read(self, key: str, start: int, stop: int | None) -> bytes | None:
         with self._errors(f"cannot read {key}"):
@@ -172,12 +177,27 @@ class DirectoryStore(Store):
     def _delete(self, key: str) -> None:
         if self._size(key) is None:
             return
+        if self._size(key) is None:  # do not make the directory for that
+            return
         with self._errors(f"cannot delete {key}"), self._writing() as ledger:
             self._remove(ledger, self.path / _name(key))
 
     def _keys(self) -> Iterator[str]:
         with self._errors("cannot list the values"):
-            return iter([_key(value.name) for value in self._values()])
+            try:
+                return iter([_key(value.name) for value in self._values()])
+            except FileNotFoundError:
+                return iter(())
+
+    def _exists(self) -> bool:
+        """Whether the directory was made."""
+        try:
+            mode = self.path.stat().st_mode
+        except FileNotFoundError:
+            return False
+        if not stat.S_ISDIR(mode):
+            raise NotADirectoryError(errno.ENOTDIR, "a file is in the way", str(self.path))
+        return True
 
     def _open(self, key: str) -> BufferedReader | None:
         try:
@@ -201,7 +221,7 @@ class DirectoryStore(Store):
         """List the directory: what it holds, what to evict first, what dead writers left."""
         for part in self._own.glob(f"{_PART}*"):
             with suppress(FileNotFoundError, PermissionError):  # gone; another user's
-                _remove_if_dead(part)
+                remove_if_dead(part)
         values = list(self._values())
         ledger.set(sum(value.size for value in values))
         candidates = (value for value in values if value.name != but)
@@ -273,12 +293,3 @@ def _use(descriptor: int) -> None:
     """Note that a value is used now. The kernel's own clock ticks in milliseconds."""
     now = time.time_ns()
     os.utime(descriptor, ns=(now, now))
-
-
-def _remove_if_dead(part: Path) -> None:
-    descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        if try_lock(descriptor):
-            part.unlink()
-    finally:
-        os.close(descriptor)

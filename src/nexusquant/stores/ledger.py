@@ -63,6 +63,16 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
+def remove_if_dead(file: Path) -> None:
+    """Remove a file, unless its writer lives and has it locked."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if try_lock(descriptor):
+            file.unlink()
+    finally:
+        os.close(descriptor)
+
+
 def _wait(descriptor: int, file: Path) -> None:
     end, pause = time.monotonic() + TIMEOUT, 0.0002
     while not try_lock(descriptor):
