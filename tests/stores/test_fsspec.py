@@ -131,6 +131,10 @@ def test_listings_are_not_remembered(memory: FsspecStore, monkeypatch: pytest.Mo
 
 
 def test_places_that_fsspec_does_not_open() -> None:
+    wrong: Any
+    for wrong in ("", None, b"memory://a"):
+        with pytest.raises(ConfigError, match=r"a URL of type .*: give text that is not empty"):
+            FsspecStore(wrong)
     with pytest.raises(ConfigError, match=r"nosuch://place with options .* not a place"):
         FsspecStore("nosuch://place")
 

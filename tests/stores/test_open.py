@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +32,7 @@ def test_paths_are_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         store = open_store(place)
         assert isinstance(store, DirectoryStore)
         assert store.path == path
+        assert path.exists() == (path == tmp_path), "made by the first put"
         assert store.max_bytes == (2**31 if "?" in place else None)
     assert open_store(tmp_path / "what?ttl=1").where == str(tmp_path / "what?ttl=1")
 
@@ -45,16 +49,49 @@ def test_limits_come_as_arguments_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "where"),
     [
-        ("redis://localhost:6379/2?ttl=3600&prefix=a:&renew=false&timeout=3", "redis://localhost"),
-        ("rediss://user:hush@localhost?ssl_cert_reqs=none&db=3", "rediss://localhost"),
-        ("unix:///run/redis.sock?db=1&ttl=1", "unix:///run/redis.sock"),
+        (
+            "redis://localhost:6379/2?ttl=3600&prefix=a:&renew=false&timeout=3",
+            "redis://localhost:6379/2",
+        ),
+        ("rediss://user:hush@localhost?ssl_cert_reqs=none&db=3", "rediss://localhost?db=3"),
+        ("redis://user:hu%2Fsh%40@[::1]:6379/3", "redis://[::1]:6379/3"),
+        ("redis://localhost/?db=1", "redis://localhost/?db=1"),
+        ("unix:///run/redis.sock?db=1&ttl=1", "unix:///run/redis.sock?db=1"),
+        ("unix://user:hush@/run/redis.sock", "unix:///run/redis.sock"),
     ],
 )
 def test_redis(url: str, where: str) -> None:
     with open_store(url) as store:
         assert isinstance(store, RedisStore)
-        assert store.where.startswith(where)
+        assert store.where == where
         assert "hush" not in repr(store)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://user:alpha/omega@h:1/0",
+        "redis://user:alpha#omega@h:1/0",
+        "redis://user:alpha?omega@h:1/0",
+        "redis://user:alpha@omega/alpha@h:1/0",
+        "redis://user:12/omega@h:1/0",
+        "redis://:alpha/omega@h",
+        "redis://user:alpha@h:port",
+        "redis://user:alpha@h/one",
+        "redis://user:alpha@\u2100/0",
+        "redis://user:alpha/omega@h?colour=blue",
+        "unix://user:alpha/omega@h",
+        "redis:user:alpha@h",
+        "redis:/user:alpha@h/0",
+        "file://user:alpha@h/share",
+    ],
+)
+def test_passwords_stay_out_of_refusals(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_store(url)
+    shown = "".join(traceback.format_exception_only(caught.value))
+    assert caught.value.__cause__ is None
+    assert re.search("alpha|omega", shown) is None
 
 
 def test_everything_else_is_for_fsspec() -> None:
@@ -85,6 +122,17 @@ def test_everything_else_is_for_fsspec() -> None:
         ("redis://h?ssl_colour=blue", "ssl_colour"),
         ("memory://a?ttl=1&b=2", r"memory://a has no option b, ttl: it takes none"),
         ("nosuch://a", "not a place that fsspec opens"),
+        ("", "path='': must be that of a directory"),
+        ("?max_bytes=1MB", "path='': must be"),
+        ("a\0b", "path='a.x00b': must be"),
+        ("redis:/localhost", "^redis: without `//` behind it is no URL"),
+        ("file:rel", "^file: without `//`"),
+        ("s3:bucket/kv", "^s3: without `//`"),
+        ("redis:a\0", "^redis: without `//`"),
+        ("redis://h/0?db=1", "redis://h/0 says db=1, too: give one database"),
+        ("redis://h/0/1", "redis://h/0/1 is not a URL of Redis"),
+        ("redis://h/name", "redis://h/name is not a URL of Redis"),
+        ("unix://relative?db=0", "not a URL of Redis"),
         (3, "3 is not a place"),
         (None, "None is not a place"),
     ],
@@ -103,6 +151,20 @@ def test_options_that_do_not_fit_the_place(tmp_path: Path) -> None:
         open_store(f"{tmp_path}?max_bytes=1", max_bytes=2)
     with pytest.raises(ConfigError, match="must be a size"):
         open_store(tmp_path, max_bytes=0)
+    wrong: Any
+    for wrong in (1.5, True, [3]):
+        with pytest.raises(ConfigError, match=r"max_bytes=.*: must be an integer, or text"):
+            open_store(tmp_path, max_bytes=wrong)
+        with pytest.raises(ConfigError, match=r"ttl=.*: must be an integer, or text"):
+            open_store("redis://h", ttl=wrong)
+
+
+def test_folders_that_look_like_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there:").mkdir()
+    for place in ("there:", "./new:one", "sub/a:b", "C:kv", str(tmp_path / "a:b")):
+        assert open_store(place).where == str(tmp_path / place)
+    assert open_store(Path("new:two")).where == str(tmp_path / "new:two")
 
 
 @pytest.mark.parametrize(

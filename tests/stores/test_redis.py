@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import redis
@@ -173,6 +174,25 @@ def test_nobody_at_the_address() -> None:
         pytest.raises(StoreError, match=r"redis://127\.0\.0\.1:1: cannot read key .*refused"),
     ):
         store.get("key")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("url", None, "a URL of type NoneType: give text"),
+        ("url", b"redis://user:hush@h", "^a URL of type bytes: give text.$"),
+        ("prefix", 5, "prefix=5: must be text"),
+        ("prefix", b"x", "prefix=b'x': must be text"),
+        ("renew", "false", "renew='false': must be True or False"),
+        ("timeout", "5", "timeout='5': must be more than 0 seconds"),
+        ("timeout", float("nan"), "timeout=nan"),
+        ("timeout", float("inf"), "timeout=inf"),
+        ("timeout", True, "timeout=True"),
+    ],
+)
+def test_arguments_of_other_types(name: str, value: Any, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        RedisStore(**{"url": "redis://h", name: value})
 
 
 @pytest.mark.parametrize("ttl", [0, -1, 1.5, True, "60", 2**31])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
 
 from nexusquant.errors import ConfigError
 from nexusquant.stores import urls
-from nexusquant.stores.base import Store
+from nexusquant.stores.base import Store, need
 from nexusquant.stores.directory import DirectoryStore
 from nexusquant.stores.fsspec_store import FsspecStore
 from nexusquant.stores.redis_store import RedisStore
@@ -42,16 +43,19 @@ def open_store(
     if isinstance(place, str):
         url, options = urls.split_options(place)
         scheme = urls.scheme_of(url)
+        if not scheme:
+            urls.refuse_typo(url)
     for name, value in (("max_bytes", max_bytes), ("ttl", ttl)):
+        need(type(value) in (int, str, NoneType), name, value, "an integer, or text")
         if value is not None and options.setdefault(name, str(value)) != str(value):
             raise ConfigError(f"{name}={value}, but the place says {name}={options[name]}.")
     if scheme in ("", "file"):
-        _only(url, options, "max_bytes", "sync")
+        _only(place, options, "max_bytes", "sync")
         path = urls.path_of_file_url(url) if scheme else url
         limit = urls.parse_size(options["max_bytes"]) if "max_bytes" in options else None
         return DirectoryStore(path, limit, sync=urls.parse_flag(options, "sync"))
     if scheme in _REDIS:
-        _only(url, options, *_OWN_REDIS, "db", *(x for x in options if x.startswith("ssl_")))
+        _only(place, options, *_OWN_REDIS, "db", *(x for x in options if x.startswith("ssl_")))
         theirs = {name: text for name, text in options.items() if name not in _OWN_REDIS}
         return RedisStore(
             urls.join_options(url, theirs),
@@ -60,13 +64,13 @@ def open_store(
             renew=urls.parse_flag(options, "renew"),
             timeout=urls.parse_seconds(options.get("timeout", "10")),
         )
-    _only(url, options)
+    _only(place, options)
     return FsspecStore(url)
 
 
-def _only(url: str, options: dict[str, str], *allowed: str) -> None:
+def _only(place: str | Path, options: dict[str, str], *allowed: str) -> None:
     if unknown := sorted(options.keys() - set(allowed)):
         raise ConfigError(
-            f"{urls.without_password(url)} has no option {', '.join(unknown)}: it takes"
+            f"{urls.without_password(str(place))} has no option {', '.join(unknown)}: it takes"
             f" {', '.join(sorted(allowed)) or 'none'}."
         )

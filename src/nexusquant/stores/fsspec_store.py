@@ -35,6 +35,8 @@ class FsspecStore(Store):
     """
 
     def __init__(self, url: str, **options: Any) -> None:
+        if not isinstance(url, str) or not url:  # "" would be the current directory
+            raise ConfigError(f"a URL of type {type(url).__name__}: give text that is not empty.")
         self.where = without_password(url)
         try:
             from fsspec.core import url_to_fs

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nexusquant.errors import ConfigError, StoreError
-from nexusquant.stores.base import Store, is_key
-from nexusquant.stores.urls import without_password
+from nexusquant.stores.base import Store, is_key, need
+from nexusquant.stores.urls import name_of_redis
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -43,19 +44,23 @@ class RedisStore(Store):
         renew: bool = True,
         timeout: float = 10.0,
     ) -> None:
-        if ttl is not None and (type(ttl) is not int or not 1 <= ttl < 2**31):
-            raise ConfigError(f"ttl={ttl!r}: must be whole seconds, at least 1, or None.")
-        if not timeout > 0:
-            raise ConfigError(f"timeout={timeout}: must be more than 0 seconds.")
+        if not isinstance(url, str):  # not shown: perhaps with a password
+            raise ConfigError(f"a URL of type {type(url).__name__}: give text.")
+        lives = ttl is None or (type(ttl) is int and 1 <= ttl < 2**31)
+        need(lives, "ttl", ttl, "whole seconds, at least 1, or None")
+        need(isinstance(prefix, str), "prefix", prefix, "text")
+        need(isinstance(renew, bool), "renew", renew, "True or False")
+        waits = type(timeout) in (int, float) and 0 < timeout < math.inf
+        need(waits, "timeout", timeout, "more than 0 seconds")
+        self.where = name_of_redis(url)
         try:
             import redis
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         except ImportError as error:
             raise StoreError(
-                f'{without_password(url)} needs redis-py: pip install "nexusquant[store]".'
+                f'{self.where} needs redis-py: pip install "nexusquant[store]".'
             ) from error
-        self.where = without_password(url)
         self._ttl = ttl
         self._renewed = ttl if renew else None
         self._prefix = prefix
@@ -71,10 +76,13 @@ class RedisStore(Store):
             pool = self._redis.connection_pool
             pool.connection_class(**pool.connection_kwargs)  # refuses what it does not know
         except (ValueError, TypeError, redis.RedisError) as error:
+            secret = "@" in url  # which the error may quote
             raise ConfigError(
-                f"{self.where} is not a URL of Redis ({error}): give redis://host:port/db,"
-                " rediss://host:port/db or unix:///path?db=0."
-            ) from error
+                f"{self.where} is not a URL of Redis"
+                f" ({'user, password, host or port' if secret else error}): give"
+                " redis://host:port/db, rediss://host:port/db or unix:///path?db=0, and %23, %2F,"
+                " %3F, %40 for #, /, ? and @ in a password."
+            ) from (None if secret else error)
 
     def close(self) -> None:
         super().close()

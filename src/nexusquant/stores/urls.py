@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from urllib.parse import parse_qsl, unquote, urlencode
 
@@ -19,10 +20,10 @@ def split_options(url: str) -> tuple[str, dict[str, str]]:
     place, _, query = url.partition("?")
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-    except ValueError as error:
+    except ValueError:  # which quotes what may be part of a password
         raise ConfigError(
             f"{without_password(url)}: what follows the `?` must be name=value&name=value."
-        ) from error
+        ) from None
     options = dict(pairs)
     if len(options) < len(pairs):
         raise ConfigError(f"{without_password(url)}: an option is given twice.")
@@ -44,8 +45,35 @@ def path_of_file_url(url: str) -> str:
     """The path of a `file://` URL."""
     host, slash, path = url.partition("://")[2].partition("/")
     if host not in ("", "localhost") or not path:
-        raise ConfigError(f"{url}: write file:///absolute/path, or the path alone.")
+        raise ConfigError(
+            f"{without_password(url)}: write file:///absolute/path, or the path alone."
+        )
     return unquote(slash + path)
+
+
+def refuse_typo(path: str) -> None:
+    """Refuse `redis:/host`, which would be a folder `redis:`, unless it is there."""
+    word, colon, _ = path.partition("/")[0].partition(":")
+    there = "\0" not in path and os.access(path, os.F_OK)
+    if colon and len(word) > 1 and not there:  # the rest is not shown: perhaps a password
+        raise ConfigError(
+            f"{word}: without `//` behind it is no URL: write redis://host:port/db,"
+            " file:///absolute/path or, for a folder of such a name, ./ before it."
+        )
+
+
+def name_of_redis(url: str) -> str:
+    """What messages call a database of Redis."""
+    name, (place, options) = without_password(url), split_options(url)
+    match = re.fullmatch(r"rediss?://[^/]*(?:/(\d*))?|unix://(?:[^/]*@)?/.+", place)
+    if match is None:
+        raise ConfigError(
+            f"{name} is not a URL of Redis: give redis://host:port/db, rediss://host:port/db or"
+            " unix:///path?db=0, and in a password %2F for a slash."
+        )
+    if match[1] and "db" in options:
+        raise ConfigError(f"{name} says db={options['db']}, too: give one database.")
+    return f"{name}?db={options['db']}" if "db" in options else name
 
 
 def parse_size(text: str | int) -> int:
@@ -73,5 +101,8 @@ def parse_flag(options: dict[str, str], name: str) -> bool:
 
 
 def without_password(url: str) -> str:
-    """For messages: the URL without user, password and options."""
-    return re.sub(r"(?<=://)[^/]*@", "", str(url).partition("?")[0])
+    """For messages: the URL without user, password, which may have any of `/?#@`, and options."""
+    scheme, separator, rest = str(url).partition("://")
+    if re.match(r"[^/?#]*[:@]", rest):
+        rest = rest.rpartition("@")[2]
+    return f"{scheme}{separator}{rest}".partition("?")[0]
