@@ -56,6 +56,8 @@ def _quietly(step: str) -> None:
 
 TOKENS = 270
 WINDOW = 40
+BITS = 2.2
+"""With the step that it gives, one group is just loud enough to be coded, another one just not."""
 SHAPES = {0: (2, 16, 8), 1: (1, 8, 8), 2: (1, 8, 16)}
 _OUTLIERS = {9: 25.0, TOKENS - 1: 2500.0}
 """Tokens that are longer than others: numbers without a symbol, in one draw and in two."""
@@ -141,7 +143,7 @@ def entropy_file() -> bytes:
     """Three layers, and the storage profile that they are coded with."""
     profile, held = store_profile(), _sources()
     with mock.patch.object(coded, "cached_layers", return_value=layers()):
-        meta, streams = coded.encode_prefix(held, torch.nn.Module(), profile, 2.0, _quietly)
+        meta, streams = coded.encode_prefix(held, torch.nn.Module(), profile, BITS, _quietly)
     elements = sum(x.keys.numel() + x.values.numel() for x in held)
     meta |= {"elements": elements, "fingerprint": FINGERPRINT, "model_type": "none"}
     ids = np.arange(TOKENS, dtype="<u4").tobytes()
