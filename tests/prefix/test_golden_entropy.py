@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections import Counter
 from functools import lru_cache
 from hashlib import blake2b
@@ -20,7 +21,7 @@ from nexusquant.prefix.decoded import decode_layers
 from nexusquant.prefix.loading import prefix_tokens
 from tests.nxq.cases import contents
 from tests.prefix.golden import FOLDER, TOKENS, embedded, layers
-from tests.prefix.plain_reader import Layer
+from tests.prefix.plain_reader import Layer, read_safetensors
 
 VERSIONS = {1: "entropy-v1"}
 LAYERS = range(3)
@@ -102,11 +103,22 @@ def test_writing(index: int) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_digest_is_that_of_the_profile_in_the_file(version: int) -> None:
+def test_the_profile_is_what_the_text_says(version: int) -> None:
     with nxq.Reader.open(data_of(version)) as reader:
         raw = bytes(reader.read("profile", 0))
         assert reader.meta["profile"] == blake2b(raw, digest_size=16).hexdigest()
         assert embedded(reader).digest == reader.meta["profile"]
+    tensors, metadata = read_safetensors(raw)
+    names = {x.split(".", 1)[1] for x in tensors if x[0].isdigit()}
+    fields = {"forward", "scale", "mean", "decay", "level", "group"}
+    queries = {"query.mean", "query.covariance"}
+    assert names == {f"{s}.{x}" for s in ("key", "value") for x in fields} | queries
+    shapes = {x: tensors[x].shape for x in tensors if not x[0].isdigit()}
+    wanted = {"tables.values": (2, 16, 2, 81), "tables.cosets": (2, 16, 2), "rates": (25,)}
+    assert shapes == wanted
+    assert set(json.loads(metadata["nexusquant-store"])) == {
+        "format", "fingerprint", "source", "tokens", "shapes",
+    }  # fmt: skip
 
 
 def test_the_files_hold_what_is_rare() -> None:

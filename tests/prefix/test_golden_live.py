@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from nexusquant.prefix import live
 from nexusquant.prefix.payloads import PAYLOADS
 from tests.nxq.cases import contents
 from tests.prefix.golden import FOLDER, LIVE, goes_on, held, model, same_fingerprint, saved
+from tests.prefix.plain_reader import read_safetensors
 
 VERSIONS = (1,)
 CASES = [(v, kind, codec) for v in VERSIONS for kind in LIVE for codec in PAYLOADS]
@@ -97,6 +100,22 @@ def test_codecs_differ() -> None:
         assert len(raw) == len(zstd) == len(delta)
         assert any(len(a) > len(b) for a, b in zip(raw, zstd, strict=True))
         assert any(a != b for a, b in zip(zstd, delta, strict=True))
+
+
+def test_the_digest_of_a_profile_is_what_the_text_says() -> None:
+    meta, streams = parts(data_of(1, "with-profile", "raw"))
+    tensors, metadata = read_safetensors(streams["profile"][0])
+    header = json.loads(metadata["nexusquant"])
+    digest = blake2b(digest_size=16)
+    for i, r in sorted(header["inverse_residual"].items(), key=lambda x: int(x[0])):
+        digest.update(f"layer {i} {float(r)!r} ".encode())
+        for s in ("key", "value"):
+            for name in ("forward", "inverse", "mean", "variance", "weight", "coherence"):
+                x = tensors.pop(f"{i}.{s}.{name}")
+                assert x.dtype == np.float32
+                digest.update(f"{s} {name} {x.shape} ".encode() + x.tobytes())
+    assert digest.hexdigest() == meta["live"]["profile"]
+    assert (tensors, header["format"]) == ({}, 2)
 
 
 def test_another_profile_is_no_substitute() -> None:
