@@ -127,18 +127,13 @@ def _collect(
             f"the texts have {distinct} different tokens, too few to tell directions apart; give"
             f" text with {MIN_DISTINCT} at least."
         )
-    training = model.training
     device = "cpu" if model.device.type == "meta" else model.device  # offloaded: hooks move inputs
-    model.eval()
-    try:
-        with outside_blocks(model):
-            for index, ids in enumerate(chosen):
-                report(f"piece {index + 1} of {len(chosen)}, {ids.shape[1]} tokens")
-                cache = DynamicCache(config=text_config(model))
-                compact_layers(cache, model, config, Notices(), collector)
-                read_prompt(model, ids.to(device), cache)
-    finally:
-        model.train(training)
+    with outside_blocks(model):
+        for index, ids in enumerate(chosen):
+            report(f"piece {index + 1} of {len(chosen)}, {ids.shape[1]} tokens")
+            cache = DynamicCache(config=text_config(model))
+            compact_layers(cache, model, config, Notices(), collector)
+            read_prompt(model, ids.to(device), cache)
     return sum(ids.shape[1] for ids in chosen)
 
 

@@ -159,12 +159,12 @@ def warm_up(model: PreTrainedModel, input_ids: Tensor) -> None:
         model(input_ids[:, :64].to(model.device), use_cache=False)
 
 
-def comparison_table(plain: Run, compressed: Run, title: str) -> Table:
-    """Plain and compressed side by side."""
+def comparison_table(plain: Run, compressed: Run, title: str, name: str = "compressed") -> Table:
+    """Plain and compressed (or what `name` says) side by side."""
     table = Table(title=title, title_justify="left", min_width=76)
     table.add_column("KV cache")
     table.add_column("plain", justify="right")
-    table.add_column("compressed", justify="right")
+    table.add_column(name, justify="right")
 
     def row(label: str, show: Callable[[Run], str]) -> None:
         table.add_row(label, show(plain), show(compressed))

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ def profile_bytes(profile: Profile) -> bytes:
 def write(data: bytes, path: str | Path | None, default: Callable[[], Path]) -> Path:
     """A profile's file, at the path or else at the default; it appears whole or not at all.
 
+    One that is replaced at the default is kept beside it, as something may be coded with it.
+
     Raises:
         ProfileError: no path, or the disk does not take it.
     """
@@ -92,11 +95,35 @@ def write(data: bytes, path: str | Path | None, default: Callable[[], Path]) -> 
     except RuntimeError as error:  # a user without a home
         raise ProfileError(f"no cache directory to write to ({error}): give a path.") from error
     try:
-        with atomic_file(target) as file:
-            file.write(data)
-    except StoreError as error:
+        if path is None and target.is_file():
+            old = target.read_bytes()
+            if old == data:
+                return target
+            _write(kept_path(target, digest_of(old)), old)
+        _write(target, data)
+    except (OSError, StoreError) as error:
         raise ProfileError(f"{target}: cannot write the profile ({error}).") from error
     return target
+
+
+def _write(path: Path, data: bytes) -> None:
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def digest_of(data: bytes) -> str:
+    """32 hex digits of a profile's file."""
+    return blake2b(data, digest_size=16).hexdigest()
+
+
+def kept_path(path: Path, digest: str) -> Path:
+    """Where a profile is kept that was replaced at `path`."""
+    return path.with_name(f"{path.stem}-{digest}{path.suffix}")
+
+
+def kept(path: Path) -> list[Path]:
+    """The profile at a default path, and those that it replaced."""
+    return [path, *path.parent.glob(f"{path.stem}-*{path.suffix}")]
 
 
 def load_profile(path: str | Path, fingerprint: str | None = None) -> Profile:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 import nexusquant
-from nexusquant import NexusCache, loading, nxq
+from nexusquant import FormatError, NexusCache, loading, nxq
+from nexusquant.cli.prefix import behind
 from tests.cli_prefix.cases import ASKED, refused
 from tests.nxq.cases import contents
 from tests.test_cli import run
@@ -36,7 +38,7 @@ def test_what_pack_refuses(folder: Path, story: Path, tmp_path: Path) -> None:
     assert "--key: give --store" in refused("pack", folder, *text, *out, "--key", "x")
     for codec, more in (("raw", ()), ("zstd", ()), ("entropy", ("--quality", "high"))):
         assert f"--codec {codec}: " in refused("pack", folder, *text, *out, "--codec", codec, *more)
-    assert "unknown codec 'x'" in refused("pack", folder, *text, *out, "--codec", "x")
+    assert "--codec x: known are" in refused("pack", folder, *text, *out, "--codec", "x")
     assert "cannot read" in refused("pack", folder, "--prompt-file", tmp_path / "none", *out)
     assert "quality" in refused("pack", folder, *text, *out, "--quality", "no such")
     assert run("pack", folder, *text, *out, "--bits", 17)[0] == 2
@@ -54,9 +56,12 @@ def test_what_is_not_there(folder: Path, packed: Path, known: Path, tmp_path: Pa
     assert "give --prefix" in refused("generate", folder, "--store", tmp_path, *ASKED)
     assert "the prompt is empty" in refused("generate", folder, "--prefix", packed)
     known.unlink()
-    assert "no storage profile yet" in refused("generate", folder, "--prefix", packed, *ASKED)
+    assert "it is not there" in refused("generate", folder, "--prefix", packed, *ASKED)
+    given = ("generate", folder, "--prefix", packed, "--store-profile", known, *ASKED)
+    assert "cannot read" in refused(*given)
     known.write_bytes(b"no profile")
-    assert "not a storage profile" in refused("generate", folder, "--prefix", packed, *ASKED)
+    assert "it is not there" in refused("generate", folder, "--prefix", packed, *ASKED)
+    assert "not a storage profile" in refused(*given)
 
 
 def test_another_model(packed: Path, tmp_path: Path) -> None:
@@ -88,3 +93,25 @@ def test_several_sequences(folder: Path, tmp_path: Path) -> None:
     meta, streams, _ = contents(nxq.Reader.open(tmp_path / "p"))
     (tmp_path / "p").write_bytes(nxq.pack(meta, {"tokens": [bytes(160)], **streams}))
     assert "several sequences" in refused("generate", folder, "--prefix", tmp_path / "p", *ASKED)
+
+
+def test_a_file_that_is_replaced_meanwhile(folder: Path, packed: Path) -> None:
+    network, tokenizer = loading.load_model(folder)
+    ids, opened = behind(str(packed), None, network, tokenizer, "x", None, None)
+    assert opened().get_seq_length() < ids.shape[1]
+    meta, streams, _ = contents(nxq.Reader.open(packed))
+    packed.write_bytes(nxq.pack({**meta, "another": "file"}, streams))
+    with pytest.raises(FormatError, match="was replaced while it was read"):
+        opened()
+
+
+def test_options_of_something_else(folder: Path, packed: Path, story: Path, tmp_path: Path) -> None:
+    pack = ("pack", folder, "--prompt-file", story, "-o", tmp_path / "p", "--quality", "high")
+    assert "--bits: a cache with --quality" in refused(*pack, "--bits", 2)
+    assert "--store-profile: a cache" in refused(*pack, "--store-profile", story)
+    assert "are of --model" in refused("verify", packed, "--device", "cpu")
+    assert "--chat" in refused("generate", folder, "--prefix", packed, "--chat", *ASKED)
+    assert "give --prefix" in refused("generate", folder, "--store-profile", story, *ASKED)
+    pack = ("pack", folder, "--prompt-file", story)
+    assert "no file can be made" in refused(*pack, "-o", story / "p")
+    assert "no option foo" in refused(*pack, "--store", f"{tmp_path}/s?foo=1")

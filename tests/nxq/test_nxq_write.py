@@ -224,3 +224,25 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
     nxq.write_file(tmp_path / "a.nxq", *SMALL)
     (tmp_path / "plain").touch()
     assert (tmp_path / "a.nxq").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_link_stays_one_and_permissions_too(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    nxq.write_file(real, {}, {"a": [b"old"]})
+    real.chmod(0o600)
+    link.symlink_to(real)
+    nxq.write_file(link, {}, {"a": [b"new"]})
+    assert link.is_symlink()
+    assert bytes(nxq.Reader.open(real).read("a", 0)) == b"new"
+    assert real.stat().st_mode & 0o777 == 0o600
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    paths: list[Any] = [fifo, tmp_path, "/dev/null", None, "a\0b"]
+    for path in paths:
+        with pytest.raises(StoreError, match="not the path of a file"):
+            nxq.write_file(path, {}, {})
+    assert fifo.is_fifo()

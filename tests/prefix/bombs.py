@@ -17,7 +17,7 @@ from nexusquant.prefix.coded import MOST_HIDDEN
 from nexusquant.prefix.decoded import decode_layers
 from nexusquant.prefix.loading import load, prefix_tokens
 from nexusquant.prefix.rotary import cached_layers
-from tests.prefix.stored_cases import case
+from tests.prefix.stored_cases import case, model_of
 from tests.prefix.stored_lies import parts, small
 
 SPARE = 400 << 20
@@ -92,6 +92,7 @@ def main() -> None:
     layers, data = cached_layers(model), small("mistral", 300)
     load(data, model, store_profile=profile)  # everything is imported and warm
     load(data, model, store_profile=profile, quality="high")
+    stranger = model_of("mistral")  # knows no profile
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = _peak()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + SPARE, mapped + SPARE))
@@ -108,7 +109,10 @@ def main() -> None:
                     if how == "decode" and "profile" not in streams:
                         decode_layers(reader, layers, profile, lambda step: None)
                 if how == "live":
-                    load(bomb, model, store_profile=profile, quality="high")
+                    if "profile" in streams:
+                        load(bomb, stranger, quality="high")
+                    else:
+                        load(bomb, model, store_profile=profile, quality="high")
                 outcome = "read"
             except NexusQuantError as error:
                 outcome = type(error).__name__

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from nexusquant import nxq
-from nexusquant.prefix.live import live_streams, load_live
+from nexusquant.prefix.companion import STREAM, held
+from nexusquant.prefix.live import live_profile, live_streams, load_live
+from nexusquant.profile_store import profile_bytes
 from tests.hf.models import prompt
 
 UNEVEN: dict[str, Any] = {"head_safeguard": 0.1, "evict_ratio": 0.6, "scorer": "key_norm"}
@@ -21,13 +23,16 @@ def feed(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Ten
     return logits
 
 
-def packed(cache: Any, *args: Any, **kwargs: Any) -> bytes:
-    return nxq.pack(*live_streams(cache, *args, **kwargs))
+def packed(cache: Any, *args: Any, with_profile: bool = False, **kwargs: Any) -> bytes:
+    meta, streams = live_streams(cache, *args, **kwargs)
+    profile = live_profile(cache)
+    held = {STREAM: [profile_bytes(profile)]} if with_profile and profile else {}
+    return nxq.pack(meta, {**held, **streams})
 
 
 def loaded(data: bytes, model: Any, profile: Any = None) -> Any:
     with nxq.Reader.open(data) as reader:
-        return load_live(reader, model, profile)
+        return load_live(reader, model, profile, lambda digest: held(reader, None, digest))
 
 
 def sent(cache: Any, model: Any, *args: Any, **kwargs: Any) -> Any:

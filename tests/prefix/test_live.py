@@ -14,9 +14,11 @@ from nexusquant import (
     CompressionConfig,
     ConfigError,
     NexusCache,
+    NonFiniteError,
     UnsupportedError,
     nexusquant_evict,
     nxq,
+    save,
 )
 from nexusquant.demo import demo_text
 from nexusquant.loading import demo_model, load_model
@@ -269,3 +271,14 @@ def test_a_real_model(preset: str, tmp_path: Path) -> None:
     mine, theirs = (generate(model, ids[:, :961], 40, past_key_values=x) for x in (cache, again))
     assert torch.equal(mine.sequences, theirs.sequences)
     assert all(torch.equal(*pair) for pair in zip(mine.logits, theirs.logits, strict=True))
+
+
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    model = tiny()
+    cache = NexusCache(model, "high")
+    feed(model, cache, prompt(100))
+    layer: Any = cache.layers[1]
+    layer.stored.sinks.keys[0, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="cannot be saved"):
+        save(cache, tmp_path / "p")
+    assert not list(tmp_path.iterdir())

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nexusquant import FormatError, NexusCache, ProfileError, load_profile, nxq, save_profile
-from nexusquant.prefix.live import live_streams
+from nexusquant import (
+    FormatError,
+    NexusCache,
+    ProfileError,
+    load,
+    load_profile,
+    nxq,
+    save,
+    save_profile,
+)
 from nexusquant.prefix.profile_identity import profile_digest
+from nexusquant.stores import DirectoryStore
 from tests.hf.models import prompt, tiny
+from tests.nxq.cases import contents
 from tests.prefix.live_cases import feed, go_on_alike, loaded, packed
 
 
@@ -77,6 +89,38 @@ def test_another_one_given_is_refused(made: tuple[Any, Any]) -> None:
         loaded(packed(cache), model, stranger.profile)
 
 
+def test_what_no_other_process_would_find_goes_along(made: tuple[Any, Any], tmp_path: Path) -> None:
+    _, cache = made
+    saved = save(cache, tmp_path / "p")
+    assert saved.embedded
+    assert saved.profile_nbytes > 10_000
+    assert "MiB are the model's profile" in str(saved)
+    twin = tiny()  # as in another process: it knows no profile
+    go_on_alike(twin, (copy.deepcopy(cache), load(tmp_path / "p", twin)))
+    save_profile(cache.profile)
+    again = save(cache, tmp_path / "q")
+    assert (again.embedded, again.profile_nbytes) == (False, 0)
+    assert again.nbytes < saved.nbytes - saved.profile_nbytes + 100
+    save_profile(replace(cache.profile, tokens=7))  # in its place; it stays beside it
+    third = tiny()
+    go_on_alike(third, (cache, load(tmp_path / "q", third)))
+
+
+def test_beside_it_in_a_store(made: tuple[Any, Any], tmp_path: Path) -> None:
+    _, cache = made
+    with DirectoryStore(tmp_path) as store:
+        saved = save(cache, store, key="p")
+        assert (saved.embedded, saved.nbytes) == (False, store.size("p"))
+        assert store.size(f"profile-{profile_digest(cache.profile)}.safetensors") == (
+            saved.profile_nbytes
+        )
+        twin = tiny()
+        go_on_alike(twin, (cache, load(store, twin, key="p")))
+        store.delete(f"profile-{profile_digest(cache.profile)}.safetensors")
+        with pytest.raises(ProfileError, match="there is none"):
+            load(store, tiny(), key="p")
+
+
 def test_within_the_file(made: tuple[Any, Any]) -> None:
     _, cache = made
     data, twin = packed(cache, with_profile=True), tiny()
@@ -87,7 +131,7 @@ def test_within_the_file(made: tuple[Any, Any]) -> None:
 
 
 def test_a_damaged_one_within_the_file(made: tuple[Any, Any]) -> None:
-    meta, streams = live_streams(made[1], with_profile=True)
+    meta, streams, _ = contents(nxq.Reader.open(packed(made[1], with_profile=True)))
     whole = bytearray(streams["profile"][0])
     for at in (3, 20, len(whole) // 2, len(whole) - 1):
         streams["profile"] = [bytes([*whole[:at], whole[at] ^ 64, *whole[at + 1 :]])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from nexusquant import (
     save_store_profile,
 )
 from nexusquant.hf.fingerprint import fingerprint
+from nexusquant.hf.store_profiles import find_store_profile
 from nexusquant.prefix.loading import open_prefix, prefix_tokens
 from nexusquant.stores import DirectoryStore
 from tests.hf.models import tiny
@@ -37,7 +39,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A file of the model "llama"."""
     model, profile = case("llama")
     path = tmp_path_factory.mktemp("prefix") / "p"
-    save(read(model, ids(TOKENS)), path, model=model, tokens=ids(TOKENS), profile=profile)
+    save(
+        read(model, ids(TOKENS)), path, model=model, tokens=ids(TOKENS), profile=profile,
+        embed_profile=False,
+    )  # fmt: skip
     return path.read_bytes()
 
 
@@ -59,6 +64,7 @@ def test_from_anywhere(data: bytes, tmp_path: Path) -> None:
         store.put("p", data)
         places: list[tuple[Any, str | None]] = [
             (tmp_path / "p", None), (str(tmp_path / "p"), None), (data, None), (store, "p"),
+            (bytearray(data), None), (memoryview(data), None), (io.BytesIO(data), None),
         ]  # fmt: skip
         found = [load(x, model, key=key, store_profile=profile) for x, key in places]
         assert all(torch.equal(*pair) for each in found for pair in pairs(each, found[0]))
@@ -72,7 +78,7 @@ def test_from_anywhere(data: bytes, tmp_path: Path) -> None:
         load(tmp_path / "none", model)
     with pytest.raises(StoreError, match="home"):
         load("~no such user/p", model)
-    with pytest.raises(ConfigError, match="expected a path or a store, got NoneType"):
+    with pytest.raises(ConfigError, match="NoneType is nothing to read"):
         load(None, model)
     with pytest.raises(UnsupportedError, match="expected a transformers model"):
         load(data, torch.nn.Linear(1, 1))
@@ -146,26 +152,27 @@ def test_other_models_and_profiles(data: bytes, tmp_path: Path) -> None:
     theirs = replace(profile, fingerprint=fingerprint(other))
     with pytest.raises(ProfileError, match="it is another model's"):
         load(data, model, store_profile=theirs)
-    with pytest.raises(ProfileError, match=f"coded with storage profile '{profile.digest}'"):
+    with pytest.raises(ProfileError, match=f"profile '{profile.digest}'; the one given"):
         load(data, model, store_profile=replace(profile, tokens=7))
     for wrong in (b"", b"no profile", theirs.to_bytes()):
         with pytest.raises(ProfileError, match=r"not a storage profile|another model's"):
-            load(resealed(data, {"profile": [wrong]}), model)
+            load(resealed(data, {"profile": [wrong]}), model_of("llama"))
     with pytest.raises(FormatError, match="none from 0"):
-        load(resealed(data, {"profile": []}), model)
+        load(resealed(data, {"profile": []}), model_of("llama"))
 
 
 def test_profiles_that_are_found(data: bytes, tmp_path: Path) -> None:
     twin = model_of("llama")
-    with pytest.raises(ProfileError, match="no storage profile yet"):
+    with pytest.raises(ProfileError, match="it is not there"):
         load(data, twin)
     path = save_store_profile(case("llama")[1], tmp_path / "profile")
     expected = load(data, twin, store_profile=path)
     save_store_profile(case("llama")[1])
     assert all(torch.equal(*pair) for pair in pairs(load(data, twin), expected))
-    calibrate_store(twin, tokenizer, ["7"], tokens=512)  # in force from now on
-    with pytest.raises(ProfileError, match="coded with storage profile"):
-        load(data, twin)
+    other = calibrate_store(twin, tokenizer, ["7"], tokens=512)  # in force from now on
+    save_store_profile(other)
+    assert find_store_profile(model_of("llama")).digest == other.digest
+    assert all(torch.equal(*pair) for pair in pairs(load(data, twin), expected))
 
 
 def test_without_token_ids(data: bytes) -> None:
@@ -199,7 +206,7 @@ def test_live_files(tmp_path: Path) -> None:
     model, _ = case("llama")
     save(read(model, ids(60), NexusCache(model)), tmp_path / "p", tokens=ids(60))
     data = (tmp_path / "p").read_bytes()
-    with pytest.raises(ConfigError, match=r"codec 'raw'.*load it with quality=None"):
+    with pytest.raises(ConfigError, match=r"codec 'raw'.*leave them out"):
         load(data, model, quality="high")
     with pytest.raises(FormatError, match="other tokens than the cache"):
         load(resealed(data, tokens=61), model)

@@ -40,8 +40,9 @@ def stock() -> Any:
 
 def refused(kind: type[Exception], why: str, cache: Any, path: Path, **options: Any) -> None:
     model, profile = case("llama")
+    target = options.pop("target", path / "p")
     with pytest.raises(kind, match=why):
-        save(cache, path / "p", **{"model": model, "profile": profile, **options})
+        save(cache, target, **{"model": model, "profile": profile, **options})
     assert not list(path.iterdir())
 
 
@@ -50,7 +51,7 @@ def test_what_a_file_says(stock: Any, tmp_path: Path) -> None:
     steps: list[str] = []
     saved = save(
         stock, str(tmp_path / "new" / "p.nxq"), model=model, tokens=ids(TOKENS), profile=profile,
-        report=steps.append,
+        embed_profile=False, report=steps.append,
     )  # fmt: skip
     assert saved.key == str(tmp_path / "new" / "p.nxq")
     assert steps == ["expected attention", *(f"layer {i} of 3" for i in (1, 2, 3))]
@@ -61,7 +62,7 @@ def test_what_a_file_says(stock: Any, tmp_path: Path) -> None:
         assert meta == {
             "codec": "entropy", "dtype": "float32", "fingerprint": fingerprint(model),
             "model_type": "llama", "page": 256, "profile": profile.digest, "starts": [0, 0, 0],
-            "tokens": TOKENS,
+            "tokens": TOKENS, "version": 1,
         }  # fmt: skip
         assert reader.streams == {"tokens": 1, "layer.0": 2, "layer.1": 2, "layer.2": 2}
         assert prefix_tokens(reader) == ids(TOKENS)[0].tolist()
@@ -92,8 +93,10 @@ def test_keys_in_a_store_follow_from_the_content(stock: Any, tmp_path: Path) -> 
         return save(cache, store, **{"model": model, "tokens": ids(TOKENS), **options}).key
 
     first = key(profile=profile)
-    assert first == key(profile=profile, embed_profile=True)
+    assert first == key(profile=profile, embed_profile=False)
     others = [
+        key(profile=profile, embed_profile=True),
+        key(read(model, ids(TOKENS)[:, :50], read(model, ids(50, seed=8))), profile=profile),
         key(profile=profile, bits=3),
         key(read(model, ids(99)), profile=profile, tokens=ids(99)),
         key(profile=profile, tokens=ids(TOKENS, seed=9)),
@@ -103,8 +106,10 @@ def test_keys_in_a_store_follow_from_the_content(stock: Any, tmp_path: Path) -> 
         live = read(model, ids(TOKENS), NexusCache(model, quality))
         others += [key(live), key(live, codec="zstd")]
     assert len({first, *others}) == len(others) + 1
-    assert others[3] == "mine"
-    assert set(store.keys()) == {first, *others}
+    assert others[5] == "mine"
+    beside = {name for name in set(store.keys()) if name.startswith("profile-")}
+    assert set(store.keys()) == {first, *others, *beside}
+    assert f"profile-{profile.digest}.safetensors" in beside
     assert first.endswith(".nxq")
     assert len(first) == 36
 
@@ -117,19 +122,24 @@ def test_a_profile_in_the_file_is_enough(stock: Any, tmp_path: Path) -> None:
     again = load(tmp_path / "with", twin)
     theirs = load(tmp_path / "without", twin, store_profile=profile)
     assert all(torch.equal(*pair) for pair in pairs(again, theirs))
-    with pytest.raises(ProfileError, match="no storage profile yet: run `nexusquant calibrate"):
+    with pytest.raises(ProfileError, match=f"{profile.digest}'; it is not there. Give its"):
         load(tmp_path / "without", twin)
 
 
 TOKEN_IDS: list[tuple[Any, str]] = [
-    (ids(99), "99 token ids, but the cache holds 100"),
-    ([], "0 token ids"),
+    (ids(99), r"shape \(1, 99\) and torch.int64, but the cache holds 100"),
+    (ids(100).view(2, 50), r"shape \(2, 50\)"),
+    (ids(100).bool(), "torch.bool"),
+    (ids(100).float(), "torch.float32"),
+    ({"input_ids": ids(100)}, r"its \.input_ids"),
+    ([], r"shape \(0,\)"),
     ([0.5] * 100, "must be integers"),
-    ([-1] * 100, "must be integers"),
-    ([1 << 32] * 100, "must be integers"),
+    ([-1] * 100, "from -1 to -1: the model has 0 to 95"),
+    ([96] * 100, "from 96 to 96"),
+    ([1 << 70] * 100, "must be integers"),
     ("x" * 100, "must be integers"),
     (7, "must be integers"),
-    ([[1] * 100], "1 token ids"),
+    ([[1] * 100], "must be integers"),
 ]
 
 
@@ -147,7 +157,7 @@ def test_token_ids_of_any_kind(stock: Any, tmp_path: Path) -> None:
             assert prefix_tokens(reader) == listed
 
 
-@pytest.mark.parametrize("bits", [0, 0.04, 16.1, -1, float("nan"), float("inf"), "2", None, True])
+@pytest.mark.parametrize("bits", [0, 0.04, 16.1, -1, float("nan"), float("inf"), "2", True])
 def test_bits_out_of_range(stock: Any, tmp_path: Path, bits: Any) -> None:
     refused(ConfigError, "must be a number from 0.05 to 16", stock, tmp_path, bits=bits)
 
@@ -160,14 +170,13 @@ def test_arguments_that_do_not_fit(stock: Any, tmp_path: Path) -> None:
     refused(UnsupportedError, "expected a transformers model", stock, tmp_path,
             model=torch.nn.Linear(1, 1))  # fmt: skip
     live = read(case("llama")[0], ids(50), NexusCache(case("llama")[0]))
-    refused(ConfigError, "uses no storage profile", live, tmp_path)
+    refused(ConfigError, "profile= is of the codec 'entropy'", live, tmp_path)
+    refused(ConfigError, "bits= is of the codec 'entropy'", live, tmp_path, bits=2, profile=None)
     with pytest.raises(ConfigError, match="expected a path or a store, got int"):
         save(stock, 7, model=case("llama")[0], profile=case("llama")[1])
-    with DirectoryStore(tmp_path / "s") as store:
-        with pytest.raises(ConfigError, match="give tokens=, or a key"):
-            save(stock, store, model=case("llama")[0], profile=case("llama")[1])
-        with pytest.raises(ConfigError, match="is not a key"):
-            save(stock, store, model=case("llama")[0], profile=case("llama")[1], key="../x")
+    refused(
+        ConfigError, "is not a key", stock, tmp_path, key="../x", target=DirectoryStore(tmp_path)
+    )
 
 
 def test_caches_that_cannot_be_coded(tmp_path: Path) -> None:

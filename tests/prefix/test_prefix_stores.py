@@ -33,7 +33,8 @@ model, profile = case("llama")
 cache = read(model, ids(3000))
 
 def write():
-    options = {"model": model, "tokens": ids(3000), "profile": profile}
+    options = {"model": model, "tokens": ids(3000), "profile": profile,
+               "embed_profile": False}
     for target, key in ((file, None), (open_store(folder), "p")):
         try:
             save(cache, target, key=key, **options)
@@ -72,7 +73,8 @@ def server() -> Iterator[RedisServer]:
 
 def put(stock: Any, target: Any, **options: Any) -> Any:
     model, profile = case("llama")
-    return save(stock, target, model=model, tokens=ids(TOKENS), profile=profile, **options)
+    options = {"model": model, "tokens": ids(TOKENS), "profile": profile, **options}
+    return save(stock, target, **{"embed_profile": False, **options})
 
 
 def get(place: Any, key: str | None = None) -> Any:
@@ -197,7 +199,9 @@ def test_many_prefixes_in_one_store(tmp_path: Path) -> None:
     keys = {}
     for seed in range(12):
         cache = read(model, ids(200, seed))
-        keys[seed] = save(cache, store, model=model, tokens=ids(200, seed), profile=profile).key
+        keys[seed] = save(
+            cache, store, model=model, tokens=ids(200, seed), profile=profile, embed_profile=False
+        ).key
     left = [seed for seed, key in keys.items() if store.contains(key)]
     assert left == list(range(12))[-len(left) :]
     assert 2 < len(left) < 12

@@ -21,7 +21,7 @@ from nexusquant.cli.common import (
     parse_settings,
     read,
 )
-from nexusquant.cli.prefix import StoreUrl, behind
+from nexusquant.cli.prefix import StoreProfileFile, StoreUrl, behind
 from nexusquant.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -96,11 +96,15 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Also answer with a plain cache and print both.")
     ] = False,
-    chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template if any.")] = True,
+    chat: Annotated[
+        bool | None,
+        typer.Option(help="Use the tokenizer's chat template if any; never with --prefix."),
+    ] = None,
     prefix: Annotated[
         str | None, typer.Option(help="Go on behind what `pack` wrote: a file, or a store's key.")
     ] = None,
     store: StoreUrl = None,
+    store_profile: StoreProfileFile = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -111,8 +115,10 @@ def generate(
     """
     from nexusquant.config import resolve_config
 
-    if store is not None and prefix is None:
-        raise ConfigError("--store: give --prefix, the key of a prefix in it.")
+    if prefix is None and (store is not None or store_profile is not None):
+        raise ConfigError("--store, --store-profile: give --prefix, which they are for.")
+    if prefix is not None and chat:
+        raise ConfigError("--chat: what comes behind a prefix is taken as it is, leave it out.")
     config = resolve_config(quality or "balanced", **parse_settings(settings or []))
     parts = [] if prompt_file is None else [read(prompt_file)]
     text = "\n\n".join(parts + ([prompt] if prompt else []))
@@ -126,10 +132,10 @@ def generate(
         network, tokenizer = load_model(folder(model, progress), dtype, device)
         opened = None
         if prefix is None:
-            ids = lab.encode_prompt(tokenizer, text, chat)
+            ids = lab.encode_prompt(tokenizer, text, chat is not False)
         else:
             wish = config if quality or settings else None
-            ids, opened = behind(prefix, store, network, tokenizer, text, wish)
+            ids, opened = behind(prefix, store, network, tokenizer, text, wish, store_profile)
         limit, wanted = lab.context_limit(network), ids.shape[1] + max_new_tokens
         if limit is not None and wanted > limit:
             typer.echo(
@@ -144,8 +150,10 @@ def generate(
         else:
             run = _one_run(network, tokenizer, ids, config, max_new_tokens, progress, opened)
     if plain is not None:
-        names = [quality or ("as stored" if prefix else "balanced"), *(settings or [])]
-        _print_comparison(Console(stderr=True), plain, run, ", ".join(names))
+        names = [quality or ("as stored" if opened and not settings else "balanced")]
+        names += settings or []
+        column = "from the prefix" if opened else "compressed"
+        _print_comparison(Console(stderr=True), plain, run, ", ".join(names), column)
     typer.echo(run.answer)
     per_token = run.seconds_per_token
     speed = "" if per_token is None else f", then {1000 * per_token:.1f} ms per token"
@@ -184,14 +192,17 @@ def _both_runs(
     from nexusquant.demo import warm_up
 
     warm_up(model, ids)
-    plain = _one_run(model, tokenizer, ids, None, max_new_tokens, progress)
-    return plain, _one_run(model, tokenizer, ids, config, max_new_tokens, progress, opened)
+    # The one first that may find a damaged file.
+    run = _one_run(model, tokenizer, ids, config, max_new_tokens, progress, opened)
+    return _one_run(model, tokenizer, ids, None, max_new_tokens, progress), run
 
 
-def _print_comparison(console: Console, plain: Run, compressed: Run, settings: str) -> None:
+def _print_comparison(
+    console: Console, plain: Run, compressed: Run, settings: str, column: str = "compressed"
+) -> None:
     from nexusquant.demo import comparison_table
 
-    console.print(comparison_table(plain, compressed, f"measured, quality {settings}"))
+    console.print(comparison_table(plain, compressed, f"measured, quality {settings}", column))
     _print_panel(console, "plain cache answers", plain.answer)
 
 

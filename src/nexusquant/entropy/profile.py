@@ -100,7 +100,7 @@ SIDES = ("key", "value")
 _FIELDS = tuple(StoreSide.__dataclass_fields__)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StoreProfile:
     """Of a model.
 
@@ -123,6 +123,9 @@ class StoreProfile:
     queries: dict[int, QueryMoments]
     tables: Tables
     rates: Tensor
+
+    def __repr__(self) -> str:
+        return f"StoreProfile({self.fingerprint}, {len(self.layers)} layers, {self.source!r})"
 
     def rate(self, step: int, extra: Tensor) -> float:
         """Bits per element that a step number takes of text like the profile's.

@@ -58,11 +58,18 @@ def _current(model: nn.Module) -> Run | None:
 
 @contextmanager
 def outside_blocks(model: nn.Module) -> Iterator[None]:
-    """What this thread runs meanwhile is not of any block: `calibrate` is nobody's generation."""
+    """What this thread runs meanwhile is not of any block: `calibrate` is nobody's generation.
+
+    The model is in eval mode; afterwards, every module is in the mode that it was in.
+    """
     token = _active.set((*_active.get(), (id(model), None)))
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         yield
     finally:
+        for module in training:
+            module.training = True
         _active.reset(token)
 
 

@@ -6,7 +6,7 @@ import warnings
 
 
 class NexusQuantWarning(UserWarning):
-    """Something stays uncompressed; results are exact."""
+    """Something stays uncompressed, or is compressed less well than it could be."""
 
 
 class Notices:

@@ -18,13 +18,13 @@ from nexusquant.frame import KeyFrame
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.profiles import Collector
 from nexusquant.profile import Profile
-from nexusquant.profile_store import cache_dir, profile_file, write
+from nexusquant.profile_store import cache_dir, digest_of, kept_path, profile_file, write
 from nexusquant.residual import OutputSide
 from nexusquant.statistics import LayerStatistics
 from nexusquant.tokens import narrowed
 
 StoreProfileLike = StoreProfile | str | Path | None
-_TOKENS = 8192
+_TOKENS = 32768
 """Tokens whose keys and values are held per layer while a profile is built."""
 
 _lock = threading.RLock()
@@ -108,7 +108,8 @@ def save_store_profile(profile: StoreProfile, path: str | Path | None = None) ->
     """Write a storage profile; the file appears whole or not at all.
 
     Args:
-        path: default: where `save` and `load` will find it.
+        path: default: where `save` and `load` will find it. One that is there is kept beside it,
+            for the prefixes that were coded with it.
 
     Raises:
         ProfileError: not a storage profile, or the disk does not take it.
@@ -178,6 +179,51 @@ def need_store_profile(model: nn.Module, given: StoreProfileLike = None) -> Stor
     if found is None:
         raise ProfileError(
             "this model has no storage profile yet: run `nexusquant calibrate MODEL --store` once,"
-            " or nexusquant.calibrate_store(model, tokenizer, texts)."
+            " or save_store_profile(calibrate_store(model, tokenizer, texts))."
+        )
+    return found
+
+
+def store_profile_file(model_fingerprint: str, digest: str) -> Path | None:
+    """The file of a storage profile in the user's cache directory, if it is there."""
+    try:
+        current = default_store_path(model_fingerprint)
+        if current.is_file() and digest_of(current.read_bytes()) == digest:
+            return current
+        older = kept_path(current, digest)
+        return older if older.is_file() else None
+    except (OSError, RuntimeError):  # a directory that cannot be looked into, no home
+        return None
+
+
+def matching_store_profile(
+    model: nn.Module, digest: str, given: StoreProfileLike, held: Callable[[], bytes | None]
+) -> StoreProfile:
+    """The storage profile of a digest: given, that of the file, known, or kept by the user.
+
+    Args:
+        held: the file of one that came with the prefix, if one did.
+
+    Raises:
+        ProfileError: it is none of them, or damaged.
+    """
+    mine = fingerprint(model)
+    with _lock:
+        known = _known.get(model)
+    found = None
+    if given is not None:
+        found = need_store_profile(model, given)
+    elif known is not None and known.fingerprint == mine and known.digest == digest:
+        found = known
+    elif (file := store_profile_file(mine, digest)) is not None:
+        found = load_store_profile(file)
+    elif (data := held()) is not None:
+        found = need_store_profile(model, profile_from_bytes(data, "the profile of this prefix"))
+    if found is None or found.digest != digest:
+        there = "it is not there" if found is None else f"the one given or found is {found.digest}"
+        raise ProfileError(
+            f"this prefix was coded with storage profile {digest!r:.80}; {there}. Give its file"
+            " (store_profile=..., --store-profile), or save the prefix with the profile"
+            " (embed_profile=True)."
         )
     return found

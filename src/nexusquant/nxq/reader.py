@@ -22,6 +22,7 @@ class Reader:
     Attributes:
         version: of the format.
         meta: the application's part of the header.
+        nbytes: of the file.
         streams: the number of chunks of every stream, in the order of the file.
         digest: of the head, which holds the digests of all chunks.
 
@@ -41,6 +42,7 @@ class Reader:
         self._head = head = self._read_head(size)
         self.version = head.version
         self.meta = head.meta
+        self.nbytes = head.size
         self.streams = {name: stream.chunks for name, stream in head.streams.items()}
         self.digest = head.digest
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexusquant.errors import FormatError, UnsupportedError
+from nexusquant.errors import FormatError, NonFiniteError, UnsupportedError
 from nexusquant.nxq import Reader, canonical
 from nexusquant.prefix.fields import Fields
 from nexusquant.prefix.payloads import Payload, pieces
@@ -52,13 +52,21 @@ class ArrayWriter:
         self._payload = payload
         self._chunks: list[bytes] = []
 
-    def put(self, x: Tensor, *shape: int, along_tokens: bool = False) -> str:
+    def put(
+        self,
+        x: Tensor,
+        *shape: int,
+        along_tokens: bool = False,
+        check: Callable[[Tensor], bool] | None = None,
+    ) -> str:
         """Add a tensor of this shape; returns its dtype's name.
 
         Args:
             along_tokens: its last axis are tokens, one byte each.
+            check: as `ArrayReader.take` will.
 
         Raises:
+            NonFiniteError: values that a reader will not take.
             UnsupportedError: it has another shape.
         """
         if tuple(x.shape) != shape:
@@ -67,6 +75,8 @@ class ArrayWriter:
                 " cannot be saved."
             )
         name = name_of(x)
+        if check is not None and not check(x):
+            raise NonFiniteError("NaN or infinity in the cache: it cannot be saved.")
         data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         self._chunks += self._payload.encode(data, shape[-1] if along_tokens else 0)
         return name

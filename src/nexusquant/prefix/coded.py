@@ -50,12 +50,6 @@ def encode_prefix(
     """
     tokens = layers[0].start + layers[0].keys.shape[1]
     cached = cached_layers(model)
-    if missing := [i for i in range(len(layers)) if i not in profile.layers]:
-        raise ProfileError(
-            f"the storage profile does not know layers {missing}: codec='raw' saves them as they"
-            " are in a compressed cache."
-        )
-    check_shapes(profile, cached)
     if len(layers) != len(cached) or any(
         (x.keys.shape[0], x.keys.shape[2], x.values.shape[2]) != cached[i].shape
         or x.start > hidden(cached[i], tokens)
@@ -64,6 +58,12 @@ def encode_prefix(
         raise UnsupportedError(
             "this cache has other layers than this model makes: is it another's?"
         )
+    if missing := [i for i in range(len(layers)) if i not in profile.layers]:
+        raise ProfileError(
+            f"the storage profile does not know layers {missing}: codec='raw' saves them as they"
+            " are in a compressed cache."
+        )
+    check_shapes(profile, cached)
     if min(x.start for x in layers) > MOST_HIDDEN:
         raise UnsupportedError(f"all layers begin behind {MOST_HIDDEN} tokens: too far to save.")
     if not all(bool(torch.isfinite(x).all()) for y in layers for x in (y.keys, y.values)):
@@ -109,8 +109,7 @@ def _extra(layer: LayerSource, profile: StoreProfile, index: int, cached: Cached
     if keys.shape[1] == 0:
         return torch.zeros(0, dtype=torch.int16)
     turn = cached.ahead(layer.start + layer.keys.shape[1], FUTURE)
-    scaling = keys.shape[-1] ** -0.5 if cached.scaling is None else cached.scaling
-    return extra_steps(keys, values, profile.queries[index], turn, scaling)
+    return extra_steps(keys, values, profile.queries[index], turn, cached.logit_scale)
 
 
 def sinks_of(start: int) -> int:

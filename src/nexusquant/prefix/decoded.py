@@ -70,7 +70,7 @@ def _checked(
 ) -> dict[str, Any]:
     """The header's fields, which must be possible ones."""
     meta = reader.meta
-    if meta.get("version") != VERSION:
+    if type(meta.get("version")) is not int or meta["version"] != VERSION:
         raise FormatError(
             f"version {meta.get('version')!r:.80} of the codec, this nexusquant reads {VERSION}:"
             " upgrade nexusquant, or save the prefix again."
@@ -81,8 +81,8 @@ def _checked(
             raise FormatError(f"the header's {name} is {meta.get(name)!r:.80}, no {kind.__name__}.")
     if meta["profile"] != profile.digest:
         raise ProfileError(
-            f"this prefix was coded with storage profile {meta['profile']!r:.80}, the one given or"
-            f" found is {profile.digest}: give the right one, or embed it when saving."
+            f"this prefix was coded with storage profile {meta['profile']!r:.80}, not with"
+            f" {profile.digest}."
         )
     check_shapes(profile, cached)
     starts, tokens = meta["starts"], meta["tokens"]

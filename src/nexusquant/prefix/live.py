@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,19 +36,21 @@ from nexusquant.prefix.live_layers import (
 )
 from nexusquant.prefix.live_rope import read_table, write_table
 from nexusquant.prefix.payloads import LEVEL, PAYLOADS, Payload, payload_of
-from nexusquant.prefix.profile_identity import matching_profile, profile_digest, profile_of_bytes
+from nexusquant.prefix.profile_identity import matching_profile, profile_digest
 from nexusquant.profile import Profile
-from nexusquant.profile_store import profile_bytes
 
 VERSION = 1
-_PROFILE = "profile"
 _MAX_LENGTH = (1 << 30) - 1
 _MAX_BATCH = 1 << 20
 _REMEMBER = ("recurrent_gemma",)  # its modules hold the recurrent state of the last forward pass
 
 
 def live_streams(
-    cache: Cache, codec: str = "raw", *, level: int = LEVEL, with_profile: bool = False
+    cache: Cache,
+    codec: str = "raw",
+    *,
+    level: int = LEVEL,
+    report: Callable[[str], None] = lambda step: None,
 ) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
     """Header and streams of a compressed cache, as it is.
 
@@ -55,9 +58,10 @@ def live_streams(
         cache: a `NexusCache` or a cache made in a `nexusquant_evict` block.
         codec: "raw", "zstd" or "zstd+delta".
         level: of zstandard, 1 to 22.
-        with_profile: the file holds the profile, too, so that nothing else is needed to load it.
+        report: called with a line of text as each layer starts.
 
     Raises:
+        NonFiniteError: NaN or infinity in what was not compressed.
         UnsupportedError: not such a cache, something is under way, or a layer of a kind that cannot
             be saved.
         ConfigError: no such codec or level.
@@ -68,15 +72,14 @@ def live_streams(
     streams: dict[str, list[bytes]] = {}
     for index, layer in enumerate(layers):
         if kind_of(layer, index) is not None:
+            report(f"layer {index + 1} of {len(layers)}")
             out = ArrayWriter(payload)
             about = write_layer(layer, index, whole, out)
             streams[f"layer.{index}"] = out.chunks(about)
     for number, table in enumerate(whole.tables):
         out = ArrayWriter(payload)
         streams[f"rope.{number}"] = out.chunks(write_table(table, whole.batch, out))
-    profile = _profile_of(layers)
-    if profile is not None and with_profile:
-        streams[_PROFILE] = [profile_bytes(profile)]
+    profile = live_profile(cache)
     about = {
         "version": VERSION,
         "config": json.loads(config.to_json()),
@@ -121,8 +124,9 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _profile_of(layers: list[Any]) -> Profile | None:
-    books = (x.profiles for x in layers if isinstance(x, CompactLayer))
+def live_profile(cache: Cache) -> Profile | None:
+    """The profile that the codes of a cache need, if they need one."""
+    books = (x.profiles for x in cache.layers if isinstance(x, CompactLayer))
     profile = next((book.profile for book in books if book is not None), None)
     if profile is not None and not profile.complete:
         raise UnsupportedError("the model's profile is being built: save when the pass is over.")
@@ -130,14 +134,22 @@ def _profile_of(layers: list[Any]) -> Profile | None:
 
 
 @torch.no_grad()
-def load_live(reader: Reader, model: nn.Module, profile: ProfileLike = None) -> NexusCache:
+def load_live(
+    reader: Reader,
+    model: nn.Module,
+    profile: ProfileLike = None,
+    held: Callable[[str], bytes | None] = lambda digest: None,
+    report: Callable[[str], None] = lambda step: None,
+) -> NexusCache:
     """The cache that `live_streams` was given, on the model's devices; it goes on as that would.
 
     Args:
         reader: of a file with these streams.
         model: same weights and config as the model before.
         profile: the profile that the cache was made with, or its file. Default: the one that the
-            model's caches use, the one in the user's cache directory, or that of the file.
+            model's caches use, one in the user's cache directory, or what is `held`.
+        held: the file of the profile of a digest, if it came with the cache.
+        report: called with a line of text as each layer starts.
 
     Raises:
         FormatError: the file is damaged, or lies.
@@ -156,7 +168,7 @@ def load_live(reader: Reader, model: nn.Module, profile: ProfileLike = None) -> 
             f" is {mine!r}. The weights or the config are different."
         )
     config = _read_config(about)
-    found = _read_profile(about, reader, model, config, profile)
+    found = _read_profile(about, model, config, profile, held)
     cache = NexusCache(model, config, profile=profile if found is None else found)
     cache._profiles.profile = found  # also if there was none: what follows is coded alike
     layers: list[Any] = cache.layers
@@ -166,7 +178,8 @@ def load_live(reader: Reader, model: nn.Module, profile: ProfileLike = None) -> 
         about.integer("tokens", 0, _MAX_LENGTH),
     )
     about.close()
-    _read_layers(layers, Whole(batch, length), _Source(reader, payload, model, config, found))
+    source = _Source(reader, payload, model, config, found)
+    _read_layers(layers, Whole(batch, length), source, report)
     return cache
 
 
@@ -178,23 +191,21 @@ def _read_config(about: Fields) -> CompressionConfig:
 
 
 def _read_profile(
-    about: Fields, reader: Reader, model: nn.Module, config: CompressionConfig, given: ProfileLike
+    about: Fields,
+    model: nn.Module,
+    config: CompressionConfig,
+    given: ProfileLike,
+    held: Callable[[str], bytes | None],
 ) -> Profile | None:
     """The profile that the cache was made with, if there was one."""
     if about.is_null("profile"):
         return None
     if config.codec != "e8" or config.transform != "klt":
         raise about.fail("profile", "null with a config that uses none")
-
-    def held() -> Profile | None:
-        if _PROFILE not in reader.streams:
-            return None
-        return profile_of_bytes(reader.read(_PROFILE, 0), model)
-
     wanted = about.text("profile")
     if not re.fullmatch("[0-9a-f]{32}", wanted):
         raise about.fail("profile", "32 hex digits")
-    return matching_profile(model, config.rope_page, wanted, given, held)
+    return matching_profile(model, config.rope_page, wanted, given, lambda: held(wanted))
 
 
 @dataclass(frozen=True)
@@ -211,12 +222,15 @@ class _Source:
         return ArrayReader(self.reader, stream, self.payload, device)
 
 
-def _read_layers(layers: list[Any], whole: Whole, source: _Source) -> None:
+def _read_layers(
+    layers: list[Any], whole: Whole, source: _Source, report: Callable[[str], None]
+) -> None:
     model, devices, known = source.model, _devices(source.model), _known_shapes(source.model)
     own: Any = model.device
     for index, layer in enumerate(layers):
         if kind_of(layer, index) is None:
             continue
+        report(f"layer {index + 1} of {len(layers)}")
         device = devices.get(index, own)
 
         def table(number: int, device: torch.device = device) -> LayerRope:

@@ -46,7 +46,7 @@ def read_stored(about: Fields, shape: Shape, coder: Coder, arrays: ArrayReader) 
 def _write_exact(part: ExactTokens, shape: Shape, out: ArrayWriter) -> dict[str, Any]:
     heads, count = part.kv_heads, part.slots.count
     dtypes = [
-        out.put(x, shape.batch, heads, count, dim)
+        out.put(x, shape.batch, heads, count, dim, check=finite)
         for x, dim in zip((part.keys, part.values), shape.dims, strict=True)
     ]
     slots = write_slots(part.slots, out, shape.batch)

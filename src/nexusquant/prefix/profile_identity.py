@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from nexusquant.errors import FormatError, ProfileError
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.profiles import ProfileLike, find_profile
 from nexusquant.profile import SIDES, Profile
-from nexusquant.profile_store import default_path, load_profile
+from nexusquant.profile_store import default_path, kept, load_profile
 
-Held = Callable[[], Profile | None]
+Held = Callable[[], bytes | None]
 
 _digests: weakref.WeakKeyDictionary[Profile, str] = weakref.WeakKeyDictionary()
 
@@ -36,7 +37,7 @@ def profile_digest(profile: Profile) -> str:
     return _digests[profile]
 
 
-def profile_of_bytes(data: memoryview, model: nn.Module) -> Profile:
+def profile_of_bytes(data: bytes, model: nn.Module) -> Profile:
     """Inverse of `nexusquant.profile_store.profile_bytes`.
 
     Raises:
@@ -57,7 +58,7 @@ def matching_profile(
     """The profile of a digest: given, known to the model, stored by the user, or held by the file.
 
     Args:
-        held: the profile of the file, if it has one.
+        held: the file of a profile that came with the codes, if one did.
 
     Raises:
         ProfileError: none of them is it.
@@ -80,9 +81,22 @@ def _candidates(model: nn.Module, page: int, given: ProfileLike, held: Held) -> 
         yield found
     if given is not None:
         return
-    path = default_path(fingerprint(model), page)
-    if path.is_file():
-        yield load_profile(path, fingerprint(model))
-    own = held()
-    if own is not None:
-        yield own
+    mine = fingerprint(model)
+    yield from _kept(mine, page)
+    data = held()
+    if data is not None:
+        yield profile_of_bytes(data, model)
+
+
+def is_kept(profile: Profile) -> bool:
+    """Whether it is in the user's cache directory."""
+    kept = _kept(profile.fingerprint, profile.rope_page)
+    return any(profile_digest(x) == profile_digest(profile) for x in kept)
+
+
+def _kept(model_fingerprint: str, page: int) -> Iterator[Profile]:
+    """The user's profiles of a model; those that cannot be read are none of them."""
+    with suppress(OSError, RuntimeError):  # a directory that cannot be looked into, no home
+        for path in kept(default_path(model_fingerprint, page)):
+            with suppress(ProfileError):
+                yield load_profile(path, model_fingerprint)

@@ -44,6 +44,11 @@ class CachedLayer:
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def logit_scale(self) -> float:
+        """Factor on the logits, the usual one if the module says none."""
+        return self.shape[1] ** -0.5 if self.scaling is None else self.scaling
+
     def enter(self, keys: Tensor, first: int) -> Tensor:
         """Keys (heads, tokens, dim) of positions from `first` on, without RoPE, fp32."""
         frame, slots = self._frame(first, keys.shape[1])
@@ -131,10 +136,5 @@ def _show(model: nn.Module, cache: DynamicCache) -> None:
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device  # offloaded
     ids = torch.zeros(1, _SHOWN, dtype=torch.long, device=device)
-    training = model.training
-    model.eval()
-    try:
-        with outside_blocks(model):
-            model(ids, past_key_values=cache, use_cache=True)
-    finally:
-        model.train(training)
+    with outside_blocks(model):
+        model(ids, past_key_values=cache, use_cache=True)

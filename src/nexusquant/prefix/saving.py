@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import operator
-import sys
-from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +14,11 @@ from nexusquant.errors import ConfigError, UnsupportedError
 from nexusquant.hf.cache import cache_stats, checked_model
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.store_profiles import StoreProfileLike, need_store_profile
-from nexusquant.nxq import pack, write_file
+from nexusquant.nxq import Reader, pack, write_file
 from nexusquant.prefix import coded
-from nexusquant.prefix.live import live_streams
-from nexusquant.prefix.loading import path_of
+from nexusquant.prefix.arguments import check_target, path_of, token_bytes
+from nexusquant.prefix.companion import Companion, keep_beside
+from nexusquant.prefix.live import live_profile, live_streams
 from nexusquant.prefix.payloads import PAYLOADS as LIVE_CODECS
 from nexusquant.prefix.source import has_source, sources
 from nexusquant.stores import Store
@@ -37,20 +33,27 @@ class Saved:
 
     Attributes:
         key: in the store; the path of a file.
-        nbytes: of everything, header and checksums included.
+        nbytes: of everything, header, checksums and an embedded profile included.
         tokens: in the prefix.
         ratio: fp16 bytes of the uncompressed cache over `nbytes`.
+        profile_nbytes: of the profile that went along: in `nbytes` if it is embedded, else beside
+            the prefix in the store, once for all prefixes; 0 if none did.
+        embedded: whether the profile is in the file.
     """
 
     key: str
     nbytes: int
     tokens: int
     ratio: float
+    profile_nbytes: int = 0
+    embedded: bool = False
 
     def __str__(self) -> str:
+        profile = f"{self.profile_nbytes / 2**20:.2f} MiB are the model's profile"
+        where = f", {profile}" if self.embedded else f"; {profile}, beside it"
         return (
             f"{self.tokens:,} tokens in {self.nbytes / 2**20:.2f} MiB, {self.ratio:.1f}x smaller"
-            f" than fp16: {self.key}"
+            f" than fp16{where if self.profile_nbytes else ''}: {self.key}"
         )
 
 
@@ -61,9 +64,9 @@ def save(
     model: nn.Module | None = None,
     tokens: Tensor | Iterable[int] | None = None,
     codec: str = "auto",
-    bits: float = DEFAULT_BITS,
+    bits: float | None = None,
     profile: StoreProfileLike = None,
-    embed_profile: bool = False,
+    embed_profile: bool | None = None,
     key: str | None = None,
     report: Callable[[str], None] = lambda step: None,
 ) -> Saved:
@@ -80,10 +83,12 @@ def save(
             `nexusquant generate --prefix` and content addressing need them.
         codec: "entropy", or for compressed caches "raw", "zstd", "zstd+delta"; "auto" chooses.
         bits: per element, for "entropy": 16 / bits is about the ratio. docs/results says what KL
-            they give; 1.5 is about 10x, 0.5 about 33x.
+            they give; 1.5 (the default) is about 10x, 0.5 about 33x.
         profile: storage profile or its file; default: the model's (`nexusquant calibrate --store`).
-        embed_profile: put the profile into the file, which then needs nothing else (megabytes).
-        key: in a store; default: a digest of model, tokens, codec and its settings.
+        embed_profile: whether the profile (megabytes) is in the file, which then needs nothing
+            else. None: in a file if it is not one of those in the user's cache directory, which
+            another process would find; in a store beside the prefixes, once for all of them.
+        key: in a store; default: a digest of what is stored.
         report: called with a line of text as each step starts.
 
     Raises:
@@ -100,36 +105,29 @@ def save(
         >>> output = model.generate(input_ids, past_key_values=cache, max_new_tokens=8)
         >>> with TemporaryDirectory() as folder:
         ...     print(save(cache, f"{folder}/prefix.nxq"))
-        407 tokens in 0.0... MiB, ...x smaller than fp16: ...prefix.nxq
+        407 tokens in 0.0... MiB, ...x smaller than fp16, 0.0... MiB are the model's profile: ...
     """
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise UnsupportedError(f"expected a cache with layers, got {type(cache).__name__}.")
+    check_target(target, key)
     owner = _model_of(cache, model)
-    if key is not None and not isinstance(target, Store):
-        raise ConfigError("key is for stores; a file has its path.")
-    if codec == "auto":
-        codec = coded.NAME if has_source(cache) else "raw"
-    if codec not in CODECS:
-        raise ConfigError(f"unknown codec {codec!r}; known: auto, {', '.join(CODECS)}.")
-    if not isinstance(bits, (int, float)) or isinstance(bits, bool) or not 0.05 <= bits <= 16:
-        raise ConfigError(f"bits={bits!r}: must be a number from 0.05 to 16.")
-    embedded: list[bytes] = []
+    codec = _codec(cache, codec, bits, profile)
     length = int(cache.get_seq_length())
-    ids = _token_bytes(tokens, length)
-    if isinstance(target, Store) and key is None and ids is None:
-        raise ConfigError("give tokens=, or a key: a store needs a name for the prefix.")
+    if not length:
+        raise UnsupportedError("this cache is empty: there is nothing to save.")
+    ids = token_bytes(tokens, length, owner)
     if codec == coded.NAME:
         known, layers = need_store_profile(owner, profile), sources(cache)
-        meta, streams = coded.encode_prefix(layers, owner, known, bits, report)
+        rate = DEFAULT_BITS if bits is None else bits
+        meta, streams = coded.encode_prefix(layers, owner, known, rate, report)
         elements = sum(x.keys.numel() + x.values.numel() for x in layers)
-        embedded = [known.to_bytes()] if embed_profile else []
+        companion = Companion.of_store(known, profile)
     else:
-        if profile is not None:
-            raise ConfigError(f"codec={codec!r} uses no storage profile.")
-        meta, streams = live_streams(cache, codec, with_profile=embed_profile)
+        meta, streams = live_streams(cache, codec, report=report)
         if ids is not None and meta["live"]["sequences"] != 1:
             raise ConfigError("token ids are of one sequence: leave them out, or save one.")
         elements = cache_stats(cache).elements
+        companion = Companion.of_live(live_profile(cache))
     meta = {
         **meta,
         "elements": elements,
@@ -137,24 +135,43 @@ def save(
         "model_type": owner.config.model_type,
         "tokens": length,
     }
+    beside = embed_profile is None and isinstance(target, Store)
+    embedded = not companion.kept if embed_profile is None and not beside else bool(embed_profile)
+    carried = companion.data() if companion.digest and (embedded or beside) else b""
     front = {"tokens": [ids]} if ids is not None else {}
-    parts = {**front, **({"profile": embedded} if embedded else {}), **streams}
+    parts = {**front, **({"profile": [carried]} if carried and embedded else {}), **streams}
     if isinstance(target, Store):
         data = pack(meta, parts)
-        name = content_key(meta, ids or b"") if key is None else key
+        name = f"{Reader.open(data).digest.hex()}.nxq" if key is None else key
+        if carried and beside:
+            keep_beside(target, companion.digest, carried)
         target.put(name, data)
-        return Saved(name, len(data), length, 2 * elements / len(data))
-    path = path_of(target)
-    write_file(path, meta, parts)
-    size = path.stat().st_size
-    return Saved(str(path), size, length, 2 * elements / size)
+        size = len(data)
+    else:
+        path = path_of(target)
+        write_file(path, meta, parts)
+        size, name = path.stat().st_size, str(path)
+    return Saved(name, size, length, 2 * elements / size, len(carried), embedded and bool(carried))
 
 
-def content_key(meta: dict[str, Any], ids: bytes) -> str:
-    """Name of a prefix in a store: the same model, tokens and settings have the same."""
-    digest = hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16)
-    digest.update(ids)
-    return f"{digest.hexdigest()}.nxq"
+def _codec(cache: Any, codec: str, bits: Any, profile: StoreProfileLike) -> str:
+    """The codec, whose options must be its own."""
+    if codec == "auto":
+        codec = coded.NAME if has_source(cache) else "raw"
+    if codec not in CODECS:
+        raise ConfigError(f"unknown codec {codec!r}; known: auto, {', '.join(CODECS)}.")
+    if codec == coded.NAME:
+        if bits is not None and (
+            not isinstance(bits, (int, float)) or isinstance(bits, bool) or not 0.05 <= bits <= 16
+        ):
+            raise ConfigError(f"bits={bits!r}: must be a number from 0.05 to 16.")
+        return codec
+    for name, value in (("bits", bits), ("profile", profile)):
+        if value is not None:
+            raise ConfigError(
+                f"{name}= is of the codec {coded.NAME!r}; {codec!r} copies what the cache has."
+            )
+    return codec
 
 
 def _model_of(cache: Any, given: nn.Module | None) -> Any:
@@ -168,19 +185,3 @@ def _model_of(cache: Any, given: nn.Module | None) -> Any:
     if made_with - {fingerprint(checked), ""}:  # "": a model that does not exist any more
         raise ConfigError("this cache was made with another model than the one given.")
     return checked
-
-
-def _token_bytes(tokens: Tensor | Iterable[int] | None, length: int) -> bytes | None:
-    """Little-endian u32."""
-    if tokens is None:
-        return None
-    try:
-        listed = tokens.flatten().tolist() if isinstance(tokens, Tensor) else list(tokens)
-        if len(listed) != length:
-            raise ConfigError(f"{len(listed)} token ids, but the cache holds {length} tokens.")
-        ids = array("I", [operator.index(x) for x in listed])
-    except (TypeError, OverflowError) as error:
-        raise ConfigError(f"token ids must be integers from 0 to 2^32 - 1 ({error}).") from error
-    if sys.byteorder == "big":
-        ids.byteswap()
-    return ids.tobytes()
