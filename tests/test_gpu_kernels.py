@@ -56,7 +56,12 @@ def triton() -> Triton:
 
 
 @pytest.mark.parametrize(
-    ("group", "page", "batch", "total"), [(1, 0, 1, 500), (3, 32, 2, 350), (4, 1, 1, 250)]
+    ("group", "page", "batch", "total"),
+    [
+        (1, 0, 1, 500),
+        (3, 32, 2, 350),
+        pytest.param(4, 1, 1, 250, marks=pytest.mark.slow),
+    ],
 )
 def test_tiers_that_share_a_space(
     triton: Triton, group: int, page: int, batch: int, total: int

@@ -159,7 +159,9 @@ class LiveBytes(TorchDispatchMode):
         return sum(size for _, size in self.storages.values())
 
 
-@pytest.mark.parametrize("quality", ["lossless", "balanced", "max"])
+@pytest.mark.parametrize(
+    "quality", ["lossless", pytest.param("balanced", marks=pytest.mark.slow), "max"]
+)
 @pytest.mark.parametrize("attention", ["sdpa"])
 def test_peak_memory_of_a_prefill_falls(quality: str, attention: str) -> None:
     """Layers are compressed one by one as the prefill reaches them, not at its end."""

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from nexusquant import CompressionConfig, NexusCache, nexusquant_evict
-from tests.hf.models import ATTENTIONS, assert_same_run, feed, generate, prompt, tiny
+from tests.hf.models import assert_same_run, feed, generate, prompt, tiny
 from tests.hf.situation_cases import CODED, EXACT, HALF
 from tests.hf.state import State
 from tests.hf.together import together
 
+MOST_SLOW = ["sdpa", pytest.param("eager", marks=pytest.mark.slow)]
 EIGHT = [
     EXACT,
     CODED,
@@ -29,7 +30,7 @@ EIGHT = [
 ]
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", MOST_SLOW)
 def test_eight_threads_share_a_model(attention: str) -> None:
     model = tiny("llama", attention)
 
@@ -59,7 +60,7 @@ def live_tensors() -> int:
     return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", MOST_SLOW)
 def test_two_hundred_blocks_leave_nothing(attention: str) -> None:
     model = tiny("llama", attention)
 

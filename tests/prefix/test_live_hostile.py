@@ -49,7 +49,7 @@ def test_random_lies(kind: str) -> None:
         (name, path) for name, about in whole.abouts.items() for path in leaves(about)
         if (name, path[:1]) != ("header", ("model",))
     ]  # fmt: skip
-    for _ in range(500):
+    for _ in range(150):
         file = whole.clone()
         for _ in range(source.choice((1, 1, 1, 2, 4))):
             name, path = source.choice(places)
@@ -61,7 +61,7 @@ def test_random_lies(kind: str) -> None:
             near = [old + d for d in (-1, 1, 8)] if type(old) is int else []
             change(file.abouts[name], path, source.choice([*near, *near, *WRONG]))
         passed += survives(file, undamaged)
-    assert passed < 250
+    assert passed < 75
 
 
 LIES: list[tuple[str, str, Path, Any, str]] = [
@@ -166,7 +166,7 @@ def test_chunks_that_are_missing_new_longer_or_shorter(kind: str) -> None:
 def test_random_bytes(kind: str, codec: str) -> None:
     whole, source = File(kind, codec), random.Random(0)
     undamaged = whole.data()
-    for _ in range(50):
+    for _ in range(20):
         file = whole.clone()
         name = source.choice(list(file.streams))
         index = source.randrange(1, len(file.streams[name]))
