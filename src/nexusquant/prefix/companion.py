@@ -47,6 +47,16 @@ class Companion:
             return Companion("", True, bytes)
         return Companion(profile_digest(profile), is_kept(profile), lambda: profile_bytes(profile))
 
+    def along(self, embed: bool | None, in_store: bool) -> tuple[bytes, bytes]:
+        """What goes into the prefix's file, and what beside it into the store.
+
+        Args:
+            embed: as in `save`.
+        """
+        if not self.digest or embed is False or (embed is None and self.kept and not in_store):
+            return b"", b""
+        return (b"", self.data()) if embed is None and in_store else (self.data(), b"")
+
 
 def keep_beside(store: Store, digest: str, data: bytes) -> None:
     """Put a profile into a store, unless it is there; looking at it is a use, which keeps it."""

@@ -17,7 +17,7 @@ from nexusquant.hf.store_profiles import StoreProfileLike, need_store_profile
 from nexusquant.nxq import Reader, pack, write_file
 from nexusquant.prefix import coded
 from nexusquant.prefix.arguments import check_target, path_of, token_bytes
-from nexusquant.prefix.companion import Companion, keep_beside
+from nexusquant.prefix.companion import STREAM, Companion, keep_beside
 from nexusquant.prefix.live import live_profile, live_streams
 from nexusquant.prefix.payloads import PAYLOADS as LIVE_CODECS
 from nexusquant.prefix.source import has_source, sources
@@ -79,8 +79,8 @@ def save(
         cache: of one sequence if entropy coded.
         target: a path, or a `nexusquant.stores.Store`.
         model: the cache's. Needed for stock caches.
-        tokens: token ids of the prefix, (n,) or (1, n). `load` returns caches without them, but
-            `nexusquant generate --prefix` and content addressing need them.
+        tokens: token ids of the prefix, (n,) or (1, n). `load` does without them, `nexusquant
+            generate --prefix` does not.
         codec: "entropy", or for compressed caches "raw", "zstd", "zstd+delta"; "auto" chooses.
         bits: per element, for "entropy": 16 / bits is about the ratio. docs/results says what KL
             they give; 1.5 (the default) is about 10x, 0.5 about 33x.
@@ -135,23 +135,21 @@ def save(
         "model_type": owner.config.model_type,
         "tokens": length,
     }
-    beside = embed_profile is None and isinstance(target, Store)
-    embedded = not companion.kept if embed_profile is None and not beside else bool(embed_profile)
-    carried = companion.data() if companion.digest and (embedded or beside) else b""
+    embedded, beside = companion.along(embed_profile, isinstance(target, Store))
     front = {"tokens": [ids]} if ids is not None else {}
-    parts = {**front, **({"profile": [carried]} if carried and embedded else {}), **streams}
+    parts = {**front, **({STREAM: [embedded]} if embedded else {}), **streams}
     if isinstance(target, Store):
         data = pack(meta, parts)
         name = f"{Reader.open(data).digest.hex()}.nxq" if key is None else key
-        if carried and beside:
-            keep_beside(target, companion.digest, carried)
+        if beside:
+            keep_beside(target, companion.digest, beside)
         target.put(name, data)
         size = len(data)
     else:
         path = path_of(target)
         write_file(path, meta, parts)
         size, name = path.stat().st_size, str(path)
-    return Saved(name, size, length, 2 * elements / size, len(carried), embedded and bool(carried))
+    return Saved(name, size, length, 2 * elements / size, len(embedded + beside), bool(embedded))
 
 
 def _codec(cache: Any, codec: str, bits: Any, profile: StoreProfileLike) -> str:
