@@ -49,7 +49,8 @@ def test_version() -> None:
 def test_help_and_version_do_not_load_torch() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from nexusquant.cli import app\n"
-        "for args in (['--version'], ['--help'], ['generate', '--help']):\n"
+        "names = 'generate', 'pack', 'inspect', 'verify'\n"
+        "for args in (['--version'], ['--help'], *([x, '--help'] for x in names)):\n"
         "    assert CliRunner().invoke(app, args).exit_code == 0, args\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )

@@ -20,7 +20,7 @@ from nexusquant.prefix.saving import DEFAULT_BITS
 from nexusquant.stores import open_store
 from tests.cli_prefix.cases import ASKED, continued, refused
 from tests.nxq.cases import contents
-from tests.stores.servers import BINARY, RedisServer
+from tests.stores.servers import running
 from tests.test_cli import STORY, run
 
 
@@ -113,9 +113,7 @@ def test_stores(kind: str, folder: Path, known: Path, story: Path, tmp_path: Pat
     if kind == "directory":
         check_store(str(tmp_path / "store"), folder, story)
         return
-    if BINARY is None:
-        pytest.skip("redis-server is not installed")
-    with RedisServer() as server:
+    with running() as server:
         check_store(server.url, folder, story)
     assert "Check that the server runs" in refused("inspect", "mine", "--store", server.url)
 
@@ -178,13 +176,3 @@ def test_calibrate_store(folder: Path, story: Path, tmp_path: Path) -> None:
     assert out.splitlines()[1] == str(default_store_path(fingerprint(model)))
     assert load_store_profile(out.splitlines()[1]).source == "text"
     assert "448 tokens" in refused("calibrate", folder, "--store", "--text", story)
-
-
-def test_help_does_not_load_torch() -> None:
-    code = (
-        "import sys; from typer.testing import CliRunner; from nexusquant.cli import app\n"
-        "for name in ('pack', 'inspect', 'verify'):\n"
-        "    assert CliRunner().invoke(app, [name, '--help']).exit_code == 0, name\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -66,8 +66,12 @@ _OUTLIERS = {9: 25.0, TOKENS - 1: 2500.0}
 def split_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """RoPE as Llama has it."""
     cos, sin = cos[:, None], sin[:, None]
-    turned = (torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1) for x in (q, k))
-    return tuple(x * cos + y * sin for x, y in zip((q, k), turned, strict=True))  # type: ignore
+
+    def turned(x: Tensor) -> Tensor:
+        left, right = x.chunk(2, -1)
+        return x * cos + torch.cat([-right, left], -1) * sin
+
+    return turned(q), turned(k)
 
 
 def layers() -> dict[int, CachedLayer]:

@@ -17,7 +17,7 @@ from nexusquant import FormatError, StoreError, load, save
 from nexusquant.prefix.loading import open_prefix
 from nexusquant.stores import DirectoryStore, RedisStore, Store, open_store
 from tests.prefix.stored_cases import case, divergence, ids, pairs, read
-from tests.stores.servers import BINARY, HalfAnswers, RedisServer
+from tests.stores.servers import HalfAnswers, RedisServer, running
 
 TOKENS = 300
 
@@ -65,9 +65,7 @@ def stock() -> Any:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RedisServer]:
-    if BINARY is None:
-        pytest.skip("redis-server is not installed")
-    with RedisServer() as server:
+    with running() as server:
         yield server
 
 

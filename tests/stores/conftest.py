@@ -13,7 +13,7 @@ from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from fsspec.implementations.memory import MemoryFileSystem
 
 from nexusquant.stores import DirectoryStore, FsspecStore, RedisStore, Store
-from tests.stores.servers import BINARY, RedisServer
+from tests.stores.servers import RedisServer, running
 
 
 class AsyncMemory(AsyncFileSystemWrapper):
@@ -35,9 +35,7 @@ fsspec.register_implementation("nqasync", AsyncMemory, clobber=True)
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[RedisServer]:
-    if BINARY is None:
-        pytest.skip("redis-server is not installed")
-    with RedisServer() as server:
+    with running() as server:
         yield server
 
 

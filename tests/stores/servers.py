@@ -8,7 +8,11 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 BINARY = shutil.which("redis-server")
 
@@ -106,3 +110,12 @@ class HalfAnswers:
         self._listener.close()
         for thread in self._threads:
             thread.join(10)
+
+
+@contextmanager
+def running() -> Iterator[RedisServer]:
+    """A server for a test, which is skipped where pip could not have installed the program."""
+    if BINARY is None:
+        pytest.skip("redis-server, a program and no Python package, is not installed")
+    with RedisServer() as server:
+        yield server

@@ -43,7 +43,8 @@ def test_limits_come_as_arguments_too(tmp_path: Path) -> None:
         assert isinstance(store, DirectoryStore)
         assert store.max_bytes == 1000
     with open_store("redis://localhost", ttl=60) as redis:
-        assert redis._ttl == 60  # type: ignore[attr-defined]  # to be seen nowhere else
+        assert isinstance(redis, RedisStore)
+        assert redis._ttl == 60  # to be seen nowhere else
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import redis
 
 from nexusquant.errors import ConfigError, StoreError
 from nexusquant.stores import RedisStore
-from tests.stores.servers import BINARY, HalfAnswers, RedisServer
+from tests.stores.servers import HalfAnswers, RedisServer, running
 
 
 @pytest.fixture
@@ -25,9 +25,7 @@ def raw(redis_server: RedisServer) -> Iterator[redis.Redis]:
 @pytest.fixture
 def own_server() -> Iterator[RedisServer]:
     """A server that this test may kill."""
-    if BINARY is None:
-        pytest.skip("redis-server is not installed")
-    with RedisServer() as server:
+    with running() as server:
         yield server
 
 

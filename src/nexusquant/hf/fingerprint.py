@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import uuid
 import weakref
@@ -14,6 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+
+_logger = logging.getLogger(__name__)
 
 _SAMPLES = 16  # elements read per parameter
 # Fields that every config has or that belong to `generate`, and those that only training, loading
@@ -120,9 +123,10 @@ def fingerprint_of_folder(folder: Path) -> str | None:
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(str(file), framework="pt") as opened:  # mapped, not read
                 weights |= {name: opened.get_tensor(name) for name in wanted.keys() & opened.keys()}
-    # What transformers raises for models that it does not know is no closed list; and who asks has
-    # other ways to find a profile.
-    except Exception:
+    # What transformers raises for models that it does not know is no closed list. Who asks has
+    # other ways to find a profile, so it is told and not raised.
+    except Exception as error:
+        _logger.warning("%s: which weights it has cannot be told from its files: %s", folder, error)
         return None
     if any(name not in weights or weights[name].shape != p.shape for name, p in wanted.items()):
         return None

@@ -53,7 +53,9 @@ class FsspecStore(Store):
                 f"{self.where} with options {sorted(options)} is not a place that fsspec opens"
                 f" ({error})."
             ) from error
-        except Exception as error:  # backends that connect here raise what their libraries raise
+        # Backends that connect here raise what their libraries raise, no closed list. The cause
+        # stays attached.
+        except Exception as error:
             raise self._failed("cannot open the store", error) from error
         self._root = str(root).rstrip("/")
         protocol = self._fs.protocol
@@ -71,8 +73,10 @@ class FsspecStore(Store):
                 return bytes(self._fs.cat_file(self._path(key), start=start, end=stop))
             except FileNotFoundError:
                 return None
-            except Exception:  # many backends, each with an error of its own, refuse to
-                size = self._size(key)  # begin at the end
+            # Many backends refuse to begin at the end, each with an error of its own. All others
+            # are raised again.
+            except Exception:
+                size = self._size(key)
                 if size is not None and start >= size:
                     return b""
                 raise
@@ -144,7 +148,9 @@ class FsspecStore(Store):
             yield
         except StoreError:
             raise
-        except Exception as error:  # every backend raises what its own library raises
+        # Every backend raises what its own library raises, no closed list. The cause stays
+        # attached.
+        except Exception as error:
             raise self._failed(what, error) from error
 
     def _failed(self, what: str, error: Exception) -> StoreError:
