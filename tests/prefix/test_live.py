@@ -26,7 +26,7 @@ from nexusquant.prefix.live import live_streams, load_live
 from nexusquant.prefix.payloads import PAYLOADS
 from tests.hf.models import generate, left_padded, prompt, tiny
 from tests.prefix.live_cases import UNEVEN, feed, go_on_alike, loaded, packed, sent
-from tests.zoo.builders import ZOO, build, quiet
+from tests.zoo.builders import build
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "uneven heads": UNEVEN,
@@ -226,27 +226,6 @@ def test_another_model_is_refused() -> None:
     # The cache does not keep its model alive.
     with pytest.raises(UnsupportedError, match="does not exist any more"):
         live_streams(cache)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::nexusquant.hf.notices.NexusQuantWarning")
-@pytest.mark.parametrize("kind", ZOO)
-def test_every_type_of_model(kind: str) -> None:
-    with quiet():
-        model = build(kind)
-        try:
-            cache = NexusCache(model, "high")
-            feed(model, cache, prompt(40))
-            data = packed(cache, "zstd+delta")
-        # No compressed cache of this type, or (recurrent_gemma) a state that is not in the cache.
-        except UnsupportedError as error:
-            pytest.skip(str(error))
-        again = loaded(data, model)
-        assert packed(again, "zstd+delta") == data
-        if kind == "cpmant":  # wants all tokens in every call
-            return
-        for count in (1, 1 if kind == "prophetnet" else 40):  # which takes no more at a time
-            assert torch.equal(*(feed(model, x, prompt(count)) for x in (cache, again)))
 
 
 @pytest.mark.slow
