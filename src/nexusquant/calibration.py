@@ -24,6 +24,7 @@ from nexusquant.hf.store_profiles import (
     remember_store_profile,
     save_store_profile,
 )
+from nexusquant.hf.transformers_private import cache_argument
 from nexusquant.profile import Profile
 from nexusquant.statistics import MIN_DISTINCT, MIN_TOKENS
 
@@ -141,7 +142,7 @@ def read_prompt(model: Any, ids: Tensor, cache: Any) -> None:
     """Fill a cache with the tokens `ids` (batch, tokens)."""
     takes = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # the others cost gigabytes
-    model(ids, past_key_values=cache, use_cache=True, **last)
+    model(ids, **cache_argument(model, cache), use_cache=True, **last)
 
 
 def _need(name: str, value: Any, least: int) -> None:

@@ -11,12 +11,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.generation.streamers import BaseStreamer
 
 from nexusquant import NexusCache
 from nexusquant.accounting import CacheStats
 from nexusquant.errors import ConfigError
 from nexusquant.hf.cache import cache_stats
+from nexusquant.hf.transformers_private import BaseStreamer, generate_cache_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -136,7 +136,7 @@ def timed_run(
     output: Any = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        past_key_values=cache,
+        **{generate_cache_name(): cache},
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,

@@ -13,6 +13,7 @@ from torch import Tensor
 from nexusquant.accounting import CacheStats
 from nexusquant.evaluate.base import Quality, check_prefix
 from nexusquant.hf.cache import NexusCache, cache_stats, plain_cache
+from nexusquant.hf.transformers_private import cache_argument
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def decoding(
 
 def _timed(model: Any, input_ids: Tensor, cache: Any) -> float:
     start = time.perf_counter()
-    model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
     if input_ids.is_cuda:
         torch.cuda.synchronize(input_ids.device)
     return time.perf_counter() - start

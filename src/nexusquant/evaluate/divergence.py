@@ -12,6 +12,7 @@ from torch import Tensor
 from nexusquant.accounting import CacheStats
 from nexusquant.evaluate.base import Quality, check_prefix
 from nexusquant.hf.cache import NexusCache, cache_stats, plain_cache
+from nexusquant.hf.transformers_private import cache_argument
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def divergence(
 
 def _continue(model: Any, input_ids: Tensor, prefix: int, cache: Any) -> tuple[Tensor, CacheStats]:
     """Log-probabilities after the prefix (tokens - prefix, vocab), and the cache's size then."""
-    model(input_ids[:, :prefix], past_key_values=cache, use_cache=True)
+    model(input_ids[:, :prefix], **cache_argument(model, cache), use_cache=True)
     stats = cache_stats(cache)
-    logits = model(input_ids[:, prefix:], past_key_values=cache, use_cache=True).logits[0]
+    logits = model(input_ids[:, prefix:], **cache_argument(model, cache), use_cache=True).logits[0]
     return torch.log_softmax(logits.float(), -1), stats

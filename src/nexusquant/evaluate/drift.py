@@ -14,6 +14,7 @@ from nexusquant.accounting import CacheStats
 from nexusquant.errors import ConfigError
 from nexusquant.evaluate.base import Quality, check_prefix
 from nexusquant.hf.cache import NexusCache, cache_stats, plain_cache
+from nexusquant.hf.transformers_private import cache_argument
 
 _CHUNK = 64  # tokens whose full distributions exist at once
 
@@ -133,7 +134,7 @@ def drift(
 
 def _logits(model: Any, tokens: Tensor, cache: Any, keep: int = 0) -> Tensor:
     """Log-probabilities (tokens, vocab) fp32 after the last `keep` tokens, 0 for all of them."""
-    out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+    out = model(tokens, **cache_argument(model, cache), use_cache=True, logits_to_keep=keep)
     return torch.log_softmax(out.logits[0].float(), -1)
 
 

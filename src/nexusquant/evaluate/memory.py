@@ -13,6 +13,7 @@ from nexusquant.accounting import CacheStats
 from nexusquant.evaluate.base import Quality
 from nexusquant.hf.cache import NexusCache, cache_stats, plain_cache
 from nexusquant.hf.handle import KVHandle
+from nexusquant.hf.transformers_private import cache_argument
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def memory(
     """
     grown = []
     # What the first cache of a process makes and keeps: code tables, the model's profile.
-    model(input_ids, past_key_values=NexusCache(model, quality, **overrides), use_cache=True)
+    first = NexusCache(model, quality, **overrides)
+    model(input_ids, **cache_argument(model, first), use_cache=True)
     cache: Any = None
     for make in (
         lambda: plain_cache(model),
@@ -58,7 +60,7 @@ def memory(
         cache = None
         before = _live_bytes(model.device)
         cache = make()
-        model(input_ids, past_key_values=cache, use_cache=True)
+        model(input_ids, **cache_argument(model, cache), use_cache=True)
         grown.append(_live_bytes(model.device) - before)
     return Memory(grown[0], grown[1], cache_stats(cache))
 

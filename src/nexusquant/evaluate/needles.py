@@ -13,6 +13,7 @@ import torch
 from nexusquant.evaluate.base import DEFAULT_PRESETS, Quality
 from nexusquant.evaluate.haystacks import NeedlePrompt, needle_prompts
 from nexusquant.hf.cache import NexusCache, cache_stats, plain_cache
+from nexusquant.hf.transformers_private import cache_argument
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,13 @@ def needles(
 
 def _hits(model: Any, prompt: NeedlePrompt, cache: Any) -> tuple[list[list[bool]], float]:
     """Per question, which answer tokens are right; and the prefix's compression ratio."""
-    model(prompt.prefix.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    settings = {**cache_argument(model, cache), "use_cache": True}
+    model(prompt.prefix.to(model.device), **settings, logits_to_keep=1)
     hits = []
     for question, answer in prompt.questions:
         tokens = question.to(model.device)
-        out = model(
-            tokens, past_key_values=copy.deepcopy(cache), use_cache=True, logits_to_keep=answer + 1
-        )
+        settings |= cache_argument(model, copy.deepcopy(cache))
+        out = model(tokens, **settings, logits_to_keep=answer + 1)
         hits.append((out.logits[0, :-1].argmax(-1) == tokens[0, -answer:]).tolist())
     return hits, cache_stats(cache).compression_ratio
 

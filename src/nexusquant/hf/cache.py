@@ -7,27 +7,28 @@ from typing import Any
 
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from nexusquant.accounting import CacheStats, storage_bytes
 from nexusquant.config import CompressionConfig, resolve_config
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.coverage import ENCODER_DECODER, cross_attention, refusal
 from nexusquant.hf.fingerprint import fingerprint
-from nexusquant.hf.hybrid import (
-    STOCK_HYBRID,
-    STOCK_HYBRID_SLIDING,
-    STOCK_LINEAR,
-    CompactHybridLayer,
-    CompactHybridSlidingLayer,
-    LinearStateLayer,
-)
+from nexusquant.hf.hybrid import CompactHybridLayer, CompactHybridSlidingLayer, LinearStateLayer
 from nexusquant.hf.install import Lease
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.profiles import ProfileBook, ProfileLike
 from nexusquant.hf.rope_tables import RopeBook
 from nexusquant.hf.sliding import CompactSlidingLayer
+from nexusquant.hf.transformers_private import (
+    STOCK_HYBRID,
+    STOCK_HYBRID_SLIDING,
+    STOCK_LINEAR,
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    check_transformers,
+)
 from nexusquant.hf.uncompiled import plain_model
 from nexusquant.profile import Profile
 
@@ -41,13 +42,15 @@ def checked_model(model: nn.Module) -> PreTrainedModel:
     Raises:
         UnsupportedError: it cannot have a compressed cache at all.
     """
+    check_transformers()
     model = plain_model(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(f"expected a transformers model, got {type(model).__name__}.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{type(model).__name__} {ENCODER_DECODER}.")
     if why := refusal(type(model), model.config):
-        raise UnsupportedError(f"{type(model).__name__} {why}, so there is nothing to compress.")
+        end = "" if why.endswith(".") else ", so there is nothing to compress."
+        raise UnsupportedError(f"{type(model).__name__} {why}{end}")
     return model
 
 
@@ -102,7 +105,7 @@ def attach(cache: Cache, model: nn.Module) -> None:
         >>> import pickle
         >>> from nexusquant import NexusCache, attach
         >>> cache = NexusCache(model, quality="high")
-        >>> output = model.generate(input_ids, past_key_values=cache, max_new_tokens=8)
+        >>> output = model.generate(input_ids, cache=cache, max_new_tokens=8)
         >>> again = pickle.loads(pickle.dumps(cache))
         >>> attach(again, model)
         >>> again.nbytes == cache.nbytes
@@ -198,9 +201,11 @@ def _length(layer: Any) -> int:
 
 
 class NexusCache(DynamicCache):
-    """A compressed KV cache: pass it as `past_key_values` to `generate` or `forward`.
+    """A compressed KV cache: pass it as `cache` to `generate` or `forward`.
 
-    Works outside any context manager; attention is routed to it while it is alive.
+    Works outside any context manager; attention is routed to it while it is alive. So long, the
+    model takes it as `cache` and as `past_key_values` (transformers before 5.24), whichever of them
+    is its own name for it.
 
     Args:
         model: the causal LM that will use it.
@@ -219,7 +224,7 @@ class NexusCache(DynamicCache):
     Example:
         >>> from nexusquant import NexusCache
         >>> cache = NexusCache(model, quality="balanced")
-        >>> output = model.generate(input_ids, past_key_values=cache, max_new_tokens=8)
+        >>> output = model.generate(input_ids, cache=cache, max_new_tokens=8)
         >>> cache.compression_ratio > 4
         True
     """

@@ -30,11 +30,11 @@ from nexusquant.hf.cache import (
 )
 from nexusquant.hf.install import Installation
 from nexusquant.hf.layer import CompactLayer
-from nexusquant.hf.passes import named_arguments
 from nexusquant.hf.prepare import starters
 from nexusquant.hf.profiles import ProfileLike
 from nexusquant.hf.run import Run
 from nexusquant.hf.scoring import Scoring, join, obstacle, run_chunks, too_short
+from nexusquant.hf.transformers_private import cache_argument, given_cache, named_arguments
 from nexusquant.hf.uncompiled import uncompiled
 
 _lock = threading.RLock()
@@ -92,13 +92,13 @@ def _before(
         scoring, kwargs = run_chunks(model, kwargs, run.config.residual_length)
         _scorings().append((id(model), scoring))
         return (), kwargs
-    cache = kwargs.get("past_key_values")
+    cache = given_cache(kwargs)
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
         use_cache = getattr(text_config(model), "use_cache", True)
     if cache is None and use_cache:
         cache = plain_cache(model)
-        kwargs["past_key_values"] = cache
+        kwargs |= cache_argument(model, cache)
     if cache is not None:
         _compact(model, run, cache)
     return (), kwargs

@@ -6,20 +6,24 @@ tests build each type and compare. A type that is nowhere here goes by the rules
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
+
+from nexusquant.hf.transformers_private import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    STOCK_HYBRID,
+    STOCK_HYBRID_SLIDING,
+    STOCK_LINEAR,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    cache_obstacle,
+    supports_dynamic_cache,
 )
-
-from nexusquant.hf.hybrid import STOCK_HYBRID, STOCK_HYBRID_SLIDING, STOCK_LINEAR
 from nexusquant.math.e8 import GROUP
 
 CODES = "attention on codes"
@@ -209,15 +213,12 @@ def _refusal(config: Any) -> str:
 
 def refusal(model: type[Any] | None, config: Any) -> str:
     """Why caches of a model class cannot be compressed, "" if they can."""
-    supports = getattr(model, "_supports_default_dynamic_cache", None)
-    if supports is not None and not supports():
+    if not supports_dynamic_cache(model):
         return "does not use a key-value cache that transformers manages (DynamicCache)"
     layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
     if not any(isinstance(layer, DynamicLayer) for layer in layers):
         return "has no attention layers"
-    if model and "past_key_values" not in inspect.signature(model.forward).parameters:
-        return "keeps no key-value cache"
-    return ""
+    return cache_obstacle(model) if model else ""
 
 
 _KINDS: tuple[tuple[Any, str], ...] = (

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers import cache_utils
 
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import UnsupportedError
@@ -18,13 +17,8 @@ from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.passes import note_update
 from nexusquant.hf.sliding import CompactSlidingLayer
+from nexusquant.hf.transformers_private import STOCK_HYBRID, STOCK_LINEAR
 
-# Early 5.x has no such layers: its models keep their states in caches of their own.
-STOCK_LINEAR: Any = getattr(cache_utils, "LinearAttentionLayer", None)
-STOCK_HYBRID: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
-STOCK_HYBRID_SLIDING: Any = getattr(
-    cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", None
-)
 _Linear: Any = STOCK_LINEAR or object
 
 _STATES = ("conv_states", "recurrent_states")

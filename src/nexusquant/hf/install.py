@@ -14,12 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import (
-    ALL_ATTENTION_FUNCTIONS,
-    AttentionInterface,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.attention import model_of
@@ -28,6 +23,13 @@ from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.passes import begin, finish, remember_attention, remember_block
 from nexusquant.hf.prepare import prepare_generation
 from nexusquant.hf.quirks import attention_modules
+from nexusquant.hf.transformers_private import (
+    attention_tables,
+    forget_attention,
+    implementation,
+    respell,
+    set_implementation,
+)
 from nexusquant.hf.uncompiled import UncompiledForward, is_compiled
 
 
@@ -62,7 +64,7 @@ class Installation:
     def __init__(self, model: nn.Module) -> None:
         configs = _configs(model)
         for config in configs:
-            name = config._attn_implementation
+            name = implementation(config)
             if name in _UNREADABLE or (name or "").startswith("paged|"):
                 raise UnsupportedError(
                     f"attn_implementation={name!r} is not supported; load the model with 'sdpa',"
@@ -138,7 +140,9 @@ def _detached(fingerprint: str) -> Lease:
 
 
 def _hook_attention(model: nn.Module) -> list[Any]:
+    within = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     handles: list[Any] = [
+        *(module.register_forward_pre_hook(respell, with_kwargs=True) for module in within),
         model.register_forward_pre_hook(begin, with_kwargs=True),
         model.register_forward_hook(finish, with_kwargs=True, always_call=True),
         *prepare_generation(model),
@@ -152,22 +156,20 @@ def _hook_attention(model: nn.Module) -> list[Any]:
 
 
 def _wrap(config: Any) -> str | None:
-    name: str | None = config._attn_implementation
+    name = implementation(config)
     if name == "eager" or name == EAGER:
         count, _ = _eager_configs.get(id(config), (0, config))
         _eager_configs[id(config)] = count + 1, config
         if name == "eager":
             AttentionInterface.register(EAGER, eager_attention)
             AttentionMaskInterface.register(EAGER, AttentionMaskInterface()["eager"])
-            config._attn_implementation_internal = EAGER
+            set_implementation(config, EAGER)
         return EAGER
     if name is None or name not in AttentionInterface():
         return None
     count, swaps = _wrapped.get(name, (0, []))
     if not count:
-        # kvpress, once imported, has functions of its own before those of the registry.
-        tables = (ALL_ATTENTION_FUNCTIONS._local_mapping, AttentionInterface._global_mapping)
-        for table in tables:
+        for table in attention_tables():
             if name in table:
                 swaps.append((table, table[name], make_dispatcher(table[name])))
                 table[name] = swaps[-1][2]
@@ -182,11 +184,10 @@ def _unwrap(config: Any, name: str | None) -> None:
         count, _ = _eager_configs.pop(id(config))
         if count > 1:
             _eager_configs[id(config)] = count - 1, config
-        elif config._attn_implementation == EAGER:
-            config._attn_implementation_internal = "eager"
+        elif implementation(config) == EAGER:
+            set_implementation(config, "eager")
         if not _eager_configs:
-            for interface in (AttentionInterface, AttentionMaskInterface):
-                interface._global_mapping.pop(EAGER, None)
+            forget_attention(EAGER)
         return
     count, swaps = _wrapped.pop(name)
     if count > 1:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
 
 from nexusquant.compressor import Chunk, Stored, compress
 from nexusquant.config import CompressionConfig
@@ -27,6 +26,7 @@ from nexusquant.hf.rope_tables import LayerRope, RopeBook, forget_workspace
 from nexusquant.hf.second_pass import note, reads_twice
 from nexusquant.hf.snapshot import Snapshot
 from nexusquant.hf.tail import Call, Tail
+from nexusquant.hf.transformers_private import CacheLayerMixin
 from nexusquant.hf.uncompiled import uncompiled
 from nexusquant.math.e8 import GROUP
 from nexusquant.math.rope import Frequencies

@@ -7,7 +7,6 @@ layers with its tokens and some without: the layers it updated are put back as t
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from torch import nn
 
 from nexusquant.hf.quirks import RotaryCall, layer_of, rotary_call
 from nexusquant.hf.second_pass import read_again
+from nexusquant.hf.transformers_private import given_cache, named_arguments
 from nexusquant.hf.uncompiled import uncompiled
 
 if TYPE_CHECKING:
@@ -117,16 +117,6 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def named_arguments(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """All arguments of a forward call by name."""
-    if not args:
-        return dict(kwargs)
-    names = list(inspect.signature(model.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
 @uncompiled
 def begin(model: nn.Module, args: Any, kwargs: Any) -> None:
     """Forward pre-hook of the model, with its arguments by name and by place."""
@@ -136,7 +126,7 @@ def begin(model: nn.Module, args: Any, kwargs: Any) -> None:
         stale.end(failed=True)
     given = named_arguments(model, args, kwargs)
     _running.passes.append(_Pass(id(model)))
-    layers = getattr(given.get("past_key_values"), "layers", ())
+    layers = getattr(given_cache(given), "layers", ())
     if any(hasattr(layer, "stores_tokens") for layer in layers):  # else it is none of ours
         for layer in layers:
             if not hasattr(layer, "stores_tokens"):

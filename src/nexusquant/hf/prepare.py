@@ -1,4 +1,4 @@
-"""What happens when `generate` has its cache and has not run the model yet."""
+"""What happens when `generate` is called, before it runs the model."""
 
 from __future__ import annotations
 
@@ -7,63 +7,88 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers.generation.utils import GenerationMode
 
-_NAME = "_prepare_cache_for_generation"
+from nexusquant.hf.transformers_private import (
+    PREPARE_CACHE,
+    GenerationMode,
+    generate_cache_name,
+    given_cache,
+    renamed,
+)
 
 starters: list[Callable[[nn.Module, Any], None]] = []
 """Called with the model and its cache: blocks make the cache compact."""
 
 
 def prepare_generation(model: nn.Module) -> list[Any]:
-    """Stand before a model's method; what has a `remove`, if it has such a method."""
-    return [_Prepare(model)] if hasattr(type(model), _NAME) and _NAME not in vars(model) else []
+    """Stand before a model's methods; each has a `remove`."""
+    known = {"generate": _Generate, PREPARE_CACHE: _Prepare}
+    return [
+        stand(model, name)
+        for name, stand in known.items()
+        if hasattr(type(model), name) and name not in vars(model)
+    ]
 
 
-class _Prepare:
-    """Stands before a model's `_prepare_cache_for_generation`, so that `generate` starts right.
+class _Before:
+    """Stands before one method of a model, of this instance alone, until `remove`."""
 
-    The forward pre-hook is too late for assisted decoding, which announces its rollbacks to the
-    cache (`activate_past_recording`) before the first forward pass; and nothing else tells that the
-    rollbacks are over when the next call decodes without drafts.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
-        setattr(model, _NAME, self)
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self._model, self._name = weakref.ref(model), name
+        setattr(model, name, self)
 
     def remove(self) -> None:
         """Uncover the method of the class."""
         model = self._model()
-        if model is not None and vars(model).get(_NAME) is self:
-            delattr(model, _NAME)
+        if model is not None and vars(model).get(self._name) is self:
+            delattr(model, self._name)
+
+    def _own(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own method."""
+        model = self._model()
+        return getattr(type(model), self._name)(model, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles of the model hold its own method instead."""
+        return getattr, (self._model(), self._name)
+
+
+class _Generate(_Before):
+    """Takes the cache by every name that transformers has ever given the argument."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._own(*args, **renamed(kwargs, generate_cache_name()))
+
+
+class _Prepare(_Before):
+    """Lets `generate` start right, once it has its cache.
+
+    The forward pre-hook is too late for assisted decoding, whose rollbacks have to be announced to
+    the cache (`activate_past_recording`) before the first forward pass; and nothing else tells that
+    the rollbacks are over when the next call decodes without drafts.
+    """
 
     def __call__(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         model = self._model()
         assert model is not None  # its own method is running
-        result = getattr(type(model), _NAME)(
-            model, generation_config, model_kwargs, *args, **kwargs
-        )
-        cache = model_kwargs.get("past_key_values")
+        result = self._own(generation_config, model_kwargs, *args, **kwargs)
+        cache = given_cache(model_kwargs)
         if cache is not None:
             for starter in starters:
                 starter(model, cache)
             modes = [x for x in (*args, *kwargs.values()) if isinstance(x, GenerationMode)]
             drafted = GenerationMode.ASSISTED_GENERATION in modes
-            _record(cache, getattr(generation_config, "is_assistant", False), drafted or not modes)
+            drafts = getattr(generation_config, "is_assistant", False)
+            _record(cache, drafts or drafted, ended=bool(modes))
         return result
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles of the model hold its own method instead."""
-        return getattr, (self._model(), _NAME)
 
-
-def _record(cache: Any, drafts: bool, drafted: bool) -> None:
-    """Rollbacks are to be expected of a cache that drafts, none of one that does neither."""
+def _record(cache: Any, rollbacks: bool, ended: bool) -> None:
+    """Let a cache expect rollbacks, or no more. transformers does the former from 5.13 on only."""
     for layer in getattr(cache, "layers", ()):
-        if drafts:  # early 5.x has no such method on caches
+        if rollbacks:
             getattr(layer, "activate_past_recording", lambda: None)()
-        elif not drafted:
+        elif ended:
             getattr(layer, "stop_past_recording", lambda: None)()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers.cache_utils import Cache
 
 from nexusquant.accounting import CacheStats
 from nexusquant.config import CompressionConfig
@@ -12,6 +11,7 @@ from nexusquant.hf.cache import cache_stats
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.profiles import ProfileBook, ProfileLike, find_profile
+from nexusquant.hf.transformers_private import Cache
 from nexusquant.profile import Profile
 
 

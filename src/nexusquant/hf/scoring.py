@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nexusquant.hf.cache import plain_cache, text_config
+from nexusquant.hf.transformers_private import CACHE_NAMES, cache_argument
 from nexusquant.statistics import MIN_TOKENS
 
 CHUNK = MIN_TOKENS  # so that the first one builds a profile if there is none
@@ -41,7 +42,7 @@ def obstacle(model: Any, kwargs: dict[str, Any]) -> str | None:
         return f"{type(model).__name__} is no causal language model"
     if kwargs.get("use_cache") is False:
         return "use_cache=False"
-    given = [name for name in (*_WHOLE_CALL, "past_key_values") if _given(kwargs.get(name))]
+    given = [name for name in (*_WHOLE_CALL, *CACHE_NAMES) if _given(kwargs.get(name))]
     return ", ".join(given) or ("no input_ids" if kwargs.get("input_ids") is None else None)
 
 
@@ -65,8 +66,7 @@ def run_chunks(
     loss_arguments = {name: kwargs.pop(name) for name in _LOSS if name in kwargs}
     tokens = ids.shape[1]
     step = chunk_length(tokens, residual_length)
-    kwargs["past_key_values"] = plain_cache(model)
-    kwargs["use_cache"] = True
+    kwargs |= {**cache_argument(model, plain_cache(model)), "use_cache": True}
 
     def part(begin: int, stop: int) -> dict[str, Any]:
         mine = dict(kwargs, input_ids=ids[:, begin:stop])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nexusquant.config import CompressionConfig
+from nexusquant.hf.transformers_private import cache_argument, given_cache
 from nexusquant.scorers import get_scorer
 from nexusquant.scorers.kvzip import most_attention
 
@@ -79,7 +80,7 @@ def _positions_left(model: nn.Module, layers: list[CompactLayer], positions: Any
 
 
 def _obstacle(layers: list[CompactLayer], kwargs: dict[str, Any], left: int) -> str | None:
-    cache, ids, mask = (kwargs.get(x) for x in ("past_key_values", "input_ids", "attention_mask"))
+    cache, ids, mask = given_cache(kwargs), kwargs.get("input_ids"), kwargs.get("attention_mask")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         return "it came without token ids"
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
@@ -101,7 +102,7 @@ def _repeat(
     """
     ids, mask, positions = (kwargs.get(x) for x in ("input_ids", "attention_mask", "position_ids"))
     assert isinstance(ids, Tensor)
-    settings: dict[str, Any] = {"past_key_values": kwargs["past_key_values"], "use_cache": True}
+    settings = {**cache_argument(model, given_cache(kwargs)), "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         settings["logits_to_keep"] = 1
     if mask is not None:

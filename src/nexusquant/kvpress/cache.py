@@ -50,7 +50,7 @@ class PressedCache(NexusCache):
         >>> from nexusquant.kvpress import PressedCache
         >>> cache = PressedCache(model, quality="high")
         >>> with press(model):
-        ...     output = model.generate(input_ids, past_key_values=cache, max_new_tokens=8)
+        ...     output = model.generate(input_ids, cache=cache, max_new_tokens=8)
         >>> cache.get_seq_length() == output.shape[1] - 1
         True
     """

@@ -71,7 +71,7 @@ class PressScorer:
         >>> press = Press()
         >>> register_scorer("press", PressScorer(press, model))
         >>> cache = NexusCache(model, "balanced", scorer="press")
-        >>> output = model.generate(input_ids, past_key_values=cache, max_new_tokens=8)
+        >>> output = model.generate(input_ids, cache=cache, max_new_tokens=8)
     """
 
     def __init__(self, press: Any, model: nn.Module) -> None:

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import ConfigError, FormatError, UnsupportedError
@@ -22,6 +20,7 @@ from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.profiles import ProfileLike
 from nexusquant.hf.quirks import layer_of
 from nexusquant.hf.rope_tables import LayerRope, RopeBook
+from nexusquant.hf.transformers_private import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, Cache
 from nexusquant.nxq import Reader
 from nexusquant.prefix.arrays import ArrayReader, ArrayWriter
 from nexusquant.prefix.fields import Fields

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from nexusquant.errors import FormatError, UnsupportedError
 from nexusquant.hf.hybrid import (
@@ -19,6 +18,7 @@ from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.rope_tables import LayerRope
 from nexusquant.hf.sliding import CompactSlidingLayer
 from nexusquant.hf.tail import Tail
+from nexusquant.hf.transformers_private import DynamicLayer, DynamicSlidingWindowLayer
 from nexusquant.math.rope import RopeTable
 from nexusquant.prefix.arrays import DTYPES, FLOATS, ArrayReader, ArrayWriter, name_of
 from nexusquant.prefix.fields import Fields

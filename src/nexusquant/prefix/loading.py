@@ -40,7 +40,7 @@ def load(
     store_profile: StoreProfileLike = None,
     report: Callable[[str], None] = lambda step: None,
 ) -> Any:
-    """The cache that a prefix was saved from: pass it as `past_key_values` and go on.
+    """The cache that a prefix was saved from: pass it as `cache` and go on.
 
     Args:
         place: a path, the bytes of a file, an open binary file, or a store.
@@ -64,7 +64,7 @@ def load(
         >>> from tempfile import TemporaryDirectory
         >>> from nexusquant import NexusCache, load, save
         >>> cache = NexusCache(model, quality="high")
-        >>> output = model.generate(input_ids, past_key_values=cache, max_new_tokens=8)
+        >>> output = model.generate(input_ids, cache=cache, max_new_tokens=8)
         >>> with TemporaryDirectory() as folder:
         ...     saved = save(cache, f"{folder}/prefix.nxq")
         ...     again = load(saved.key, model)

@@ -19,6 +19,7 @@ from nexusquant.hf.notices import Notices
 from nexusquant.hf.profiles import ProfileBook
 from nexusquant.hf.quirks import attention_modules, layer_of
 from nexusquant.hf.sliding import CompactSlidingLayer
+from nexusquant.hf.transformers_private import cache_argument
 from nexusquant.math.rope import RopeTable, Span
 
 _SHOWN = 16
@@ -137,4 +138,4 @@ def _show(model: nn.Module, cache: DynamicCache) -> None:
     device = torch.device("cpu") if device.type == "meta" else device  # offloaded
     ids = torch.zeros(1, _SHOWN, dtype=torch.long, device=device)
     with outside_blocks(model):
-        model(ids, past_key_values=cache, use_cache=True)
+        model(ids, **cache_argument(model, cache), use_cache=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from nexusquant.errors import ConfigError, UnsupportedError
 from nexusquant.hf.cache import cache_stats, checked_model
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.store_profiles import StoreProfileLike, need_store_profile
+from nexusquant.hf.transformers_private import Cache
 from nexusquant.nxq import Reader, pack, write_file
 from nexusquant.prefix import coded
 from nexusquant.prefix.arguments import check_target, path_of, token_bytes
@@ -102,7 +102,7 @@ def save(
         >>> from tempfile import TemporaryDirectory
         >>> from nexusquant import NexusCache, save
         >>> cache = NexusCache(model, quality="high")
-        >>> output = model.generate(input_ids, past_key_values=cache, max_new_tokens=8)
+        >>> output = model.generate(input_ids, cache=cache, max_new_tokens=8)
         >>> with TemporaryDirectory() as folder:
         ...     print(save(cache, f"{folder}/prefix.nxq"))
         407 tokens in 0.0... MiB, ...x smaller than fp16, 0.0... MiB are the model's profile: ...

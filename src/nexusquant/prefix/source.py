@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.sliding import CompactSlidingLayer
+from nexusquant.hf.transformers_private import DynamicLayer, DynamicSlidingWindowLayer
 from nexusquant.tokens import ExactTokens
 
 

@@ -24,7 +24,7 @@ def frequencies(config: Any) -> Frequencies:
         UnsupportedError: the model has no rotary embedding, or one that depends on the length of
             the sequence or on the layer.
     """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from nexusquant.hf.transformers_private import ROPE_INIT_FUNCTIONS
 
     config = config.get_text_config()
     told = getattr(config, "rope_parameters", None)
@@ -49,8 +49,7 @@ def check_rotation(config: Any, rope: Frequencies) -> None:
     Raises:
         UnsupportedError: they differ (interleaved pairs, for one), or there is no such function.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from nexusquant.hf.transformers_private import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = config.get_text_config().model_type
     cos, sin = rows(rope, torch.arange(40, 44))
