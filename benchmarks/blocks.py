@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from nexusquant.calibration import ensure_store_profile
 from nexusquant.demo import calibration_text, demo_text
 from nexusquant.hf.store_profiles import load_store_profile
+from nexusquant.hf.transformers_private import cache_argument
 from nexusquant.loading import demo_model, load_model
 from nexusquant.vllm.blocks import BlockCodec, RawCodec
 from nexusquant.vllm.e8 import E8Codec
@@ -73,7 +74,7 @@ def _line(codec: BlockCodec, model: Any, pieces: list[Tensor], size: int) -> str
     stored = raw = 0
     for ids in pieces:
         exact = DynamicCache(config=model.config)
-        model(ids[:, :PREFIX], past_key_values=exact)
+        model(ids[:, :PREFIX], **cache_argument(model, exact))
         layers = [(layer.keys[0].clone(), layer.values[0].clone()) for layer in exact.layers]
         expected = _behind(model, ids, exact)
         blocks = []
@@ -109,7 +110,7 @@ def _through(codec: BlockCodec, blob: bytes, block: Any, at: int) -> Layers:
 
 def _behind(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """Log-probabilities behind a prefix."""
-    logits: Tensor = model(ids[:, PREFIX:], past_key_values=cache).logits[0]
+    logits: Tensor = model(ids[:, PREFIX:], **cache_argument(model, cache)).logits[0]
     return logits.double().log_softmax(-1)
 
 

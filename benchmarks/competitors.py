@@ -16,6 +16,7 @@ from nexusquant import CompressionConfig, NexusCache
 from nexusquant.accounting import tensors_in
 from nexusquant.hf.cache import plain_cache
 from nexusquant.hf.second_pass import reads_twice
+from nexusquant.hf.transformers_private import cache_argument
 from nexusquant.profile import Profile
 
 KV = tuple[Tensor, Tensor]
@@ -48,7 +49,7 @@ class Prompt:
         recorded = NexusCache(model, CompressionConfig())
         recorded.activate_past_recording()
         with torch.no_grad():
-            model(ids, past_key_values=recorded, use_cache=True, logits_to_keep=1)
+            model(ids, **cache_argument(model, recorded), use_cache=True, logits_to_keep=1)
         cache = plain_cache(model)
         for index, layer in enumerate(recorded.layers):
             cache.update(layer.tail.keys, layer.tail.values, index)
@@ -71,7 +72,8 @@ class Prompt:
         fresh = NexusCache(self.model, config, profile=profile)
         builds = config.codec == "e8" and config.transform == "klt" and fresh.profile is None
         if builds or reads_twice(config, self.tokens):
-            self.model(self.ids, past_key_values=fresh, use_cache=True, logits_to_keep=1)
+            given = cache_argument(self.model, fresh)
+            self.model(self.ids, **given, use_cache=True, logits_to_keep=1)
             return fresh
         cache = copy.deepcopy(self.recorded)
         for layer, other in zip(cache.layers, fresh.layers, strict=True):

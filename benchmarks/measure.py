@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.competitors import Competitor, Prefilled, Prompt, Uncompressed
+from nexusquant.hf.transformers_private import cache_argument
 
 CODE = "73914"
 FACT = f"\nRemember this: the secret code of the harbour is {CODE}.\n"
@@ -112,13 +113,12 @@ class Reference:
 def _logits(prefilled: Prefilled, prompt: Prompt, text: Text) -> Tensor:
     """(tokens behind the prompt, vocabulary), float32."""
     behind = text.behind.to(prompt.ids.device)
-    extra = {}
+    extra: dict[str, Any] = {}
     if prefilled.keep is not None:
         keep = prefilled.keep.to(behind.device).long()
         extra["attention_mask"] = torch.cat([keep, torch.ones_like(behind)], dim=1)
     # Given, because a model that sees a mask would count positions from it.
     positions = torch.arange(behind.shape[1], device=behind.device)[None] + prompt.tokens
-    output = prompt.model(
-        behind, past_key_values=prefilled.cache, use_cache=True, position_ids=positions, **extra
-    )
+    extra |= cache_argument(prompt.model, prefilled.cache)
+    output = prompt.model(behind, use_cache=True, position_ids=positions, **extra)
     return output.logits[0].float()

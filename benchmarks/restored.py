@@ -19,6 +19,7 @@ from torch import Tensor
 from nexusquant import NexusCache, calibrate, calibrate_store, load, save
 from nexusquant.calibration import read_prompt
 from nexusquant.hf.cache import plain_cache
+from nexusquant.hf.transformers_private import cache_argument
 from nexusquant.loading import load_model
 
 
@@ -64,7 +65,7 @@ def _read(model: Any, cache: Any, ids: Tensor) -> Any:
 
 
 def _scored(model: Any, cache: Any, ids: Tensor) -> Tensor:
-    scores: Tensor = model(ids, past_key_values=cache).logits[0].float().log_softmax(-1)
+    scores: Tensor = model(ids, **cache_argument(model, cache)).logits[0].float().log_softmax(-1)
     return scores
 
 

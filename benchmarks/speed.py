@@ -33,6 +33,7 @@ from nexusquant import NexusCache
 from nexusquant.attention import attend
 from nexusquant.demo import calibration_text, demo_text
 from nexusquant.frame import KeyFrame
+from nexusquant.hf.transformers_private import cache_argument
 from nexusquant.kernels import operator_for
 from nexusquant.layout import RowLayout
 from nexusquant.loading import demo_model, load_model
@@ -81,7 +82,8 @@ def model(
             }
             for preset in quality or ("high", "balanced"):
                 caches[preset] = lambda preset=preset: NexusCache(loaded, preset)
-                loaded(ids[:, :1024], past_key_values=caches[preset]())  # profile and kernels
+                first = cache_argument(loaded, caches[preset]())
+                loaded(ids[:, :1024], **first)  # profile and kernels
             found: dict[str, list[tuple[float, list[float]]]] = {kind: [] for kind in caches}
             for turn, (kind, make) in itertools.product(range(repeat), caches.items()):
                 progress.step(f"{length:,} tokens, {kind}, {turn + 1}/{repeat}")
@@ -107,12 +109,12 @@ _COLUMNS = (
 def _decode(loaded: Any, ids: Tensor, length: int, cache: Any) -> tuple[float, list[float]]:
     """Seconds of the prefill and of every step of one cycle, in the steady state."""
     start = time.perf_counter()
-    loaded(ids[:, :length], past_key_values=cache, logits_to_keep=1)
+    loaded(ids[:, :length], **cache_argument(loaded, cache), logits_to_keep=1)
     _wait(ids)
     prefill, steps = time.perf_counter() - start, []
     for i in range(length, length + 2 + STEPS):
         start = time.perf_counter()
-        loaded(ids[:, i : i + 1], past_key_values=cache)
+        loaded(ids[:, i : i + 1], **cache_argument(loaded, cache))
         _wait(ids)
         steps.append(time.perf_counter() - start)
     return prefill, steps[2:]

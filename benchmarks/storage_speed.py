@@ -30,6 +30,7 @@ from nexusquant.demo import calibration_text, demo_text
 from nexusquant.entropy.build import Sample, build_profile
 from nexusquant.entropy.layer import PAGE, LayerCode
 from nexusquant.entropy.profile import OCTAVE, QueryMoments, StoreProfile
+from nexusquant.hf.transformers_private import cache_argument
 from nexusquant.kernels import operator_for
 from nexusquant.loading import load_model
 from nexusquant.math.e8 import GROUP
@@ -193,7 +194,7 @@ def _of_model(name: str, tokens: int, count: int) -> tuple[list[Sample], list[Sa
     for text in (calibration_text(), demo_text()):
         ids = tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
         cache = DynamicCache(config=loaded.config)
-        loaded(ids, past_key_values=cache, logits_to_keep=1)
+        loaded(ids, **cache_argument(loaded, cache), logits_to_keep=1)
         every = max(len(cache.layers) // count, 1)
         chosen = cache.layers[every // 2 :: every][:count]
         # Without the first tokens, which are stored as they are.

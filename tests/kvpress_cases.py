@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nexusquant import CompressionConfig
+from nexusquant.hf.transformers_private import given_cache
 
 EXACT = CompressionConfig(codec="exact", sinks=0, recent=0)
 
@@ -31,7 +32,7 @@ class KeyNormPress:
 
     def hook(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """As `BasePress.forward_hook` and `ScorerPress.compress`."""
-        layer, tokens = kwargs["past_key_values"].layers[module.layer_idx], kwargs["hidden_states"]
+        layer, tokens = given_cache(kwargs).layers[module.layer_idx], kwargs["hidden_states"]
         if layer.get_seq_length() != tokens.shape[1]:
             return
         keys, values = layer.keys, layer.values
@@ -58,10 +59,10 @@ class KeyNormPress:
 def pressed(press: Any, model: Any, cache: Any, ids: Tensor, more: Tensor) -> tuple[Tensor, Any]:
     """Logits of `more` behind `ids`, which the press has pruned, and the cache."""
     with press(model):
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     start = ids.shape[1]
     positions = torch.arange(start, start + more.shape[1])[None]
-    return model(more, past_key_values=cache, position_ids=positions).logits, cache
+    return model(more, cache=cache, position_ids=positions).logits, cache
 
 
 def slots(cache: Any, layer: int) -> list[set[int]]:

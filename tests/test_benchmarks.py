@@ -93,11 +93,11 @@ def test_one_recorded_prefill_serves_every_config(
     profile = profiles_of(model).get()
     ids = torch.randint(2, 320, (1, 9), generator=torch.Generator().manual_seed(1))
     run = NexusCache(model, quality, profile=profile)
-    model(prompt.ids, past_key_values=run)
+    model(prompt.ids, cache=run)
     replayed = prompt.compressed(run.config, profile)
     assert replayed.nbytes == run.nbytes
     assert replayed.compression_ratio > 3
-    outputs = (model(ids, past_key_values=cache).logits for cache in (run, replayed))
+    outputs = (model(ids, cache=cache).logits for cache in (run, replayed))
     torch.testing.assert_close(*outputs, rtol=0, atol=0)
 
 
@@ -137,7 +137,7 @@ def test_every_competitor_gives_a_cache_to_continue_from(
         assert 0 < found.bits < 16, one
         assert found.cache.get_seq_length() == TOKENS
         with torch.no_grad():
-            logits = model(prompt.ids[:, :40], past_key_values=found.cache, use_cache=True).logits
+            logits = model(prompt.ids[:, :40], cache=found.cache, use_cache=True).logits
         assert torch.isfinite(logits).all(), one
     assert {"ours, presets", "ours, Hadamard", "eviction only", "scalar Lloyd-Max"} <= ran
     assert all(

@@ -91,7 +91,7 @@ def test_layers_with_short_windows_are_calibrated_too(tokenizer: Any) -> None:
     assert list(profile.layers) == [0, 1, 2]
     cache = NexusCache(model)
     with torch.no_grad():
-        model(tokenizer(text(900), return_tensors="pt").input_ids[:, :300], past_key_values=cache)
+        model(tokenizer(text(900), return_tensors="pt").input_ids[:, :300], cache=cache)
     for layer in cache.layers:
         assert isinstance(layer.stored.body[0].key_quantizer.basis, Profiled)
 
@@ -99,7 +99,7 @@ def test_layers_with_short_windows_are_calibrated_too(tokenizer: Any) -> None:
 def test_it_replaces_the_profile_of_an_earlier_prompt(model: Any, tokenizer: Any) -> None:
     cache = NexusCache(model)
     with torch.no_grad():
-        model(tokenizer(text(1000), return_tensors="pt").input_ids[:, :600], past_key_values=cache)
+        model(tokenizer(text(1000), return_tensors="pt").input_ids[:, :600], cache=cache)
     assert cache.profile is not None
     profile = calibrate(model, tokenizer, [text(600, line=1)], rope_page=32)
     assert NexusCache(model).profile is profile is not cache.profile
@@ -153,7 +153,7 @@ def test_one_piece_is_what_a_prompt_of_it_gives(
     other = copy.deepcopy(model)  # has no profile
     cache = NexusCache(other)
     with torch.no_grad():
-        other(ids, past_key_values=cache)
+        other(ids, cache=cache)
     assert cache.profile is not None
     for index, layer in profile.layers.items():
         for side in SIDES:

@@ -86,9 +86,7 @@ def test_generate_puts_the_text_on_stdout_and_statistics_on_stderr(
     model, tokenizer = loading.load_model(folder)
     ids = tokenizer(STORY, return_tensors="pt").input_ids
     cache = NexusCache(model, "balanced")
-    expected = model.generate(
-        ids, past_key_values=cache, max_new_tokens=8, do_sample=False, pad_token_id=1
-    )
+    expected = model.generate(ids, cache=cache, max_new_tokens=8, do_sample=False, pad_token_id=1)
     assert out == tokenizer.decode(expected[0, ids.shape[1] :]).strip() + "\n"
     assert str(cache.stats()) in err
     assert "first token after" in err

@@ -59,7 +59,7 @@ def test_context_limit() -> None:
 def test_stats_of_a_plain_cache_equal_the_formula() -> None:
     cache = DynamicCache(config=MODEL.config)
     with torch.no_grad():
-        MODEL(torch.arange(2, 39)[None], past_key_values=cache)
+        MODEL(torch.arange(2, 39)[None], cache=cache)
     stats = cache_stats(cache)
     assert stats.nbytes == 37 * ELEMENTS_PER_TOKEN * 4
     assert stats.compression_ratio == 0.5

@@ -15,10 +15,9 @@ def test_buckets_are_what_a_plain_loop_finds(model, input_ids):
     cache = NexusCache(model, "max")
     with torch.no_grad():
         full = model(input_ids, use_cache=False).logits[0, PREFIX : PREFIX + STEPS]
-        model(input_ids[:, :PREFIX], past_key_values=cache)
+        model(input_ids[:, :PREFIX], cache=cache)
         steps = [
-            model(input_ids[:, [at]], past_key_values=cache).logits[0]
-            for at in range(PREFIX, PREFIX + STEPS)
+            model(input_ids[:, [at]], cache=cache).logits[0] for at in range(PREFIX, PREFIX + STEPS)
         ]
     kl = torch.nn.functional.kl_div(
         torch.cat(steps).log_softmax(-1), full.log_softmax(-1), log_target=True, reduction="none"

@@ -81,7 +81,7 @@ def oracle(model, spoil):
     def answer(module, args, kwargs, output):
         ids = args[0][0]
         right = torch.cat([ids[1:], ids[:1]])
-        for back in spoil(ids, kwargs["past_key_values"]):
+        for back in spoil(ids, kwargs["cache"]):
             right[-1 - back] += 1
         one_hot = torch.nn.functional.one_hot(right, output.logits.shape[-1]).float()
         output.logits = one_hot[None, -output.logits.shape[1] :]
@@ -126,8 +126,8 @@ def test_every_question_is_asked_of_an_untouched_cache(model, tokenizer):
     for (make, question), logits in zip(pairs, asked, strict=True):
         cache = make()
         with torch.no_grad():
-            model(prompt.prefix, past_key_values=cache)
-            expected = model(question, past_key_values=cache).logits
+            model(prompt.prefix, cache=cache)
+            expected = model(question, cache=cache).logits
         torch.testing.assert_close(logits, expected[:, -logits.shape[1] :])
 
 

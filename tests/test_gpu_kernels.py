@@ -245,8 +245,8 @@ def test_a_model_with_this_operator(monkeypatch: pytest.MonkeyPatch, triton: Tri
         monkeypatch.setattr(kernels, "_chosen", lambda device, forced, it=operator: it)
         cache = NexusCache(model, "high")
         with torch.no_grad():
-            model(ids[:, :85], past_key_values=cache)
-            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(85, 90)]
+            model(ids[:, :85], cache=cache)
+            steps = [model(ids[:, i : i + 1], cache=cache).logits for i in range(85, 90)]
         logits.append(torch.cat(steps, 1))
     assert cache.bits_per_element < 16
     torch.testing.assert_close(*logits, rtol=1e-2, atol=1e-2)

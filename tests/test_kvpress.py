@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nexusquant import NexusCache, register_scorer
 from nexusquant.errors import ConfigError, UnsupportedError
+from nexusquant.hf.transformers_private import given_cache
 from nexusquant.kvpress import PressedCache, PressScorer
 from nexusquant.scorers import ScoreInputs, get_scorer
 from tests.kvpress_cases import EXACT, KeyNormPress, pressed, slots
@@ -31,9 +32,9 @@ def test_a_pressed_cache_is_what_the_press_left(model: LlamaForCausalLM, input_i
     assert cache.stats().kept_tokens == 123
     with torch.no_grad():  # the same tokens, by attention that cannot see the others
         whole = NexusCache(model, EXACT.replace(scorer="key_norm", evict_ratio=0.4))
-        model(input_ids, past_key_values=whole)
+        model(input_ids, cache=whole)
         assert all(slots(whole, i) == slots(cache, i) for i in range(2))
-        torch.testing.assert_close(model(more, past_key_values=whole).logits, ours)
+        torch.testing.assert_close(model(more, cache=whole).logits, ours)
 
 
 def test_the_rest_is_coded_and_generation_goes_on(
@@ -42,15 +43,13 @@ def test_the_rest_is_coded_and_generation_goes_on(
     press, cache = KeyNormPress(0.5), PressedCache(model, "high")
     with press(model):
         output = model.generate(
-            input_ids, past_key_values=cache, max_new_tokens=40, do_sample=False, eos_token_id=None
+            input_ids, cache=cache, max_new_tokens=40, do_sample=False, eos_token_id=None
         )
     assert output.shape == (1, 240)
     assert cache.stats().compressed_layers == 2
     assert cache.stats().kept_tokens == 100 + 39
     plain = NexusCache(model, "high")
-    model.generate(
-        input_ids, past_key_values=plain, max_new_tokens=40, do_sample=False, eos_token_id=None
-    )
+    model.generate(input_ids, cache=plain, max_new_tokens=40, do_sample=False, eos_token_id=None)
     assert cache.nbytes < 0.8 * plain.nbytes
 
 
@@ -75,8 +74,8 @@ def test_without_a_press_it_is_a_cache_like_any_other(
         for kind in (PressedCache, NexusCache):
             cache = kind(model, "high", evict_ratio=ratio)
             with torch.no_grad():
-                model(input_ids, past_key_values=cache)
-                logits.append(model(input_ids[:, :2], past_key_values=cache).logits)
+                model(input_ids, cache=cache)
+                logits.append(model(input_ids[:, :2], cache=cache).logits)
         assert torch.equal(*logits)
 
 
@@ -90,7 +89,7 @@ def test_masking_presses_prune_every_head_differently(
 ) -> None:
     class Masking(KeyNormPress):
         def hook(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            layer = kwargs["past_key_values"].layers[module.layer_idx]
+            layer = given_cache(kwargs).layers[module.layer_idx]
             if layer.get_seq_length() == kwargs["hidden_states"].shape[1]:
                 gone = torch.arange(10, 70)
                 heads = torch.zeros(60, dtype=torch.int64)
@@ -112,7 +111,7 @@ def test_presses_that_cannot_be_combined_with_codes(
     def run(press: Any, ids: Tensor = input_ids, **kwargs: Any) -> None:
         cache = PressedCache(model)
         with torch.no_grad(), press(model):
-            model(ids, past_key_values=cache, **kwargs)
+            model(ids, cache=cache, **kwargs)
 
     with pytest.raises(UnsupportedError, match="not a choice of its tokens"):
         run(KeyNormPress(0.5, changes=True))
@@ -144,7 +143,7 @@ def test_a_press_as_a_scorer(model: LlamaForCausalLM, input_ids: Tensor) -> None
         cache = NexusCache(model, "max", scorer=name)
         with torch.no_grad():
             for start in (0, 100, 140):  # later passes, too
-                model(input_ids[:, start : start + 100], past_key_values=cache)
+                model(input_ids[:, start : start + 100], cache=cache)
         stats.append([slots(cache, layer) for layer in range(2)])
     assert stats[0] == stats[1]
 
@@ -180,14 +179,14 @@ def test_what_presses_cannot_score(model: LlamaForCausalLM, input_ids: Tensor) -
     other, ids = tiny_model(320, seed=1), input_ids.repeat(2, 1)
     with torch.no_grad():
         with pytest.raises(UnsupportedError, match="another model"):
-            other(ids, past_key_values=NexusCache(other, scorer="window"))
+            other(ids, cache=NexusCache(other, scorer="window"))
         with pytest.raises(UnsupportedError, match="too short for the window"):
-            model(ids[:, :50], past_key_values=NexusCache(model, scorer="window"))
-        model(ids[:, :50], past_key_values=NexusCache(model, scorer="window", residual_length=65))
+            model(ids[:, :50], cache=NexusCache(model, scorer="window"))
+        model(ids[:, :50], cache=NexusCache(model, scorer="window", residual_length=65))
         mask = torch.ones_like(ids)
         mask[0, :9] = 0
         with pytest.raises(UnsupportedError, match="padding"):
-            model(ids, attention_mask=mask, past_key_values=NexusCache(model, scorer="window"))
+            model(ids, attention_mask=mask, cache=NexusCache(model, scorer="window"))
 
 
 # -- kvpress's import
@@ -225,9 +224,7 @@ def test_compression_goes_on_after_kvpress_was_imported(
     def read(cache: Any) -> Any:
         with torch.no_grad():
             for part in (slice(0, 150), slice(150, 200)):
-                output = model(
-                    ids[:, part], past_key_values=cache, attention_mask=mask[:, : part.stop]
-                )
+                output = model(ids[:, part], cache=cache, attention_mask=mask[:, : part.stop])
         return output.logits
 
     plain, expected = read(DynamicCache(config=model.config)), NexusCache(model)

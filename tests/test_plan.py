@@ -54,9 +54,9 @@ def test_a_chunk_of_padding_waits(model: LlamaForCausalLM) -> None:
     cache = NexusCache(model, "lossless")
     ids = torch.randint(2, 320, (2, 80), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(80) >= torch.tensor([[37], [39]])).long()
-    model(ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache)
+    model(ids[:, :40], attention_mask=mask[:, :40], cache=cache)
     assert not cache.stats().compressed_layers, "three tokens are no statistics"
-    model(ids[:, 40:], attention_mask=mask, past_key_values=cache)
+    model(ids[:, 40:], attention_mask=mask, cache=cache)
     assert cache.stats().compressed_layers == 2
 
 

@@ -45,7 +45,7 @@ def test_the_ratio_counts_eviction_and_both_vocabularies_agree(model, input_ids)
     ratios = {}
     for quality in VOCABULARY:
         cache = NexusCache(model, quality)
-        model(input_ids, past_key_values=cache)
+        model(input_ids, cache=cache)
         ratios[quality] = cache.compression_ratio
     assert ratios["conservative"] == ratios["high"]
     assert ratios["aggressive"] == ratios["max"]

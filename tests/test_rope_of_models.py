@@ -44,7 +44,7 @@ def run_llama(rope: dict[str, Any], positions: Tensor) -> Forward:
     cache = DynamicCache(config=config)
     with torch.no_grad():
         ids = torch.randint(50, positions.shape)
-        model(ids, position_ids=positions, past_key_values=cache)
+        model(ids, position_ids=positions, cache=cache)
     rotary = model.model.rotary_emb
     keys = seen["k"].unflatten(-1, (1, 16)).transpose(1, 2)
     known = rotary.inv_freq, float(rotary.attention_scaling)

@@ -30,7 +30,7 @@ def continued(folder: Path, cache_of: Any) -> str:
     more = tokenizer(ASKED[1], return_tensors="pt", add_special_tokens=False).input_ids
     whole = torch.cat([ids, more], 1)
     out = model.generate(
-        whole, past_key_values=cache_of(model, ids), max_new_tokens=12, do_sample=False,
+        whole, cache=cache_of(model, ids), max_new_tokens=12, do_sample=False,
         pad_token_id=1,
     )  # fmt: skip
     return str(tokenizer.decode(out[0, whole.shape[1] :], skip_special_tokens=True).strip()) + "\n"

@@ -53,7 +53,7 @@ def test_a_live_cache_goes_on_exactly(
     def live(model: Any, ids: Any) -> Any:
         cache = NexusCache(model, "high")
         with torch.inference_mode():
-            model(ids, past_key_values=cache)
+            model(ids, cache=cache)
         return cache
 
     assert run("generate", folder, "--prefix", path, *ASKED)[1] == continued(folder, live)

@@ -88,7 +88,7 @@ def test_several_sequences(folder: Path, tmp_path: Path) -> None:
     model, _ = loading.load_model(folder)
     cache = NexusCache(model)
     with torch.no_grad():
-        model(torch.randint(2, 300, (2, 40)), past_key_values=cache)
+        model(torch.randint(2, 300, (2, 40)), cache=cache)
     nexusquant.save(cache, tmp_path / "p")
     meta, streams, _ = contents(nxq.Reader.open(tmp_path / "p"))
     (tmp_path / "p").write_bytes(nxq.pack(meta, {"tokens": [bytes(160)], **streams}))

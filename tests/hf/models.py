@@ -135,7 +135,7 @@ def feed(model: Any, cache: Any, ids: Tensor, step: int, mask: Tensor | None = N
     for begin in range(0, ids.shape[1], step):
         stop = begin + step
         seen = None if mask is None else mask[:, :stop]
-        out = model(ids[:, begin:stop], attention_mask=seen, past_key_values=cache)
+        out = model(ids[:, begin:stop], attention_mask=seen, cache=cache)
         parts.append(out.logits)
     return torch.cat(parts, 1)
 

@@ -86,7 +86,7 @@ def test_chunks_of_nothing_but_padding() -> None:
                     ids[:, now],
                     attention_mask=mask[:, : begin + 16],
                     position_ids=positions[:, now],
-                    past_key_values=cache,
+                    cache=cache,
                 )
                 parts.append(out.logits)
         real = mask.bool()
@@ -99,7 +99,7 @@ def test_sliding_layers_stay_bounded_and_right_far_beyond_the_window(kind: str) 
     ids, mask = left_padded([3 * WINDOW, WINDOW + 5])
     stock = generate(model, ids, 5 * WINDOW, attention_mask=mask)
     cache = NexusCache(model, EXACT)
-    ours = generate(model, ids, 5 * WINDOW, attention_mask=mask, past_key_values=cache)
+    ours = generate(model, ids, 5 * WINDOW, attention_mask=mask, cache=cache)
     assert_same_run(ours, stock)
     for settings in (EXACT, CODED):
         cache = NexusCache(model, settings)
@@ -164,7 +164,7 @@ def test_eviction_with_exact_codec_equals_attention_with_a_per_head_mask(kind: s
 
         handles.append(layer.self_attn.register_forward_pre_hook(hide, with_kwargs=True))
     with torch.no_grad():
-        stock = model(tail, attention_mask=padded(mask, 6), past_key_values=stock_cache).logits
+        stock = model(tail, attention_mask=padded(mask, 6), cache=stock_cache).logits
     torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
     for handle in handles:
         handle.remove()
@@ -224,7 +224,7 @@ def test_batch_operations_equal_stock(kind: str) -> None:
 @torch.no_grad()
 def feed_more(model: Any, cache: Any, mask: Tensor, tokens: int) -> Tensor:
     ids = prompt(tokens, batch=len(mask), seed=3)
-    return model(ids, attention_mask=padded(mask, tokens), past_key_values=cache).logits
+    return model(ids, attention_mask=padded(mask, tokens), cache=cache).logits
 
 
 @CODES

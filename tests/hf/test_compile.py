@@ -59,13 +59,13 @@ def test_forward_with_a_cache_compiles_once_per_shape(way: Callable[[Any], Any])
     model = tiny(num_hidden_layers=10)
     caches = [NexusCache(model, "balanced") for _ in range(2)]
     steps = [prompt(60), *(prompt(1, seed=i) for i in range(40))]
-    plain = [model(ids, past_key_values=caches[0]).logits for ids in steps]
+    plain = [model(ids, cache=caches[0]).logits for ids in steps]
     del caches[0]
     compiled = way(model)
     caches = [NexusCache(compiled, "balanced")]
     graphs = []
     for ids, logits in zip(steps, plain, strict=True):
-        ours = compiled(ids, past_key_values=caches[0]).logits
+        ours = compiled(ids, cache=caches[0]).logits
         torch.testing.assert_close(ours, logits, rtol=0, atol=1e-4)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert 0 < graphs[0] < graphs[-1]  # a prompt, a token

@@ -52,7 +52,7 @@ def test_an_exception_in_the_middle_of_a_forward_pass(model: Any) -> None:
         handle.remove()
         out = generate(model, prompt(60))  # the block goes on working
     assert run.stats.tokens == 60 + 11
-    assert all(isinstance(layer, CompactLayer) for layer in out.past_key_values.layers)
+    assert all(isinstance(layer, CompactLayer) for layer in out.cache.layers)
 
 
 def test_the_innermost_block_counts(model: Any) -> None:
@@ -93,7 +93,7 @@ def test_an_abandoned_generator_leaves_nothing(model: Any) -> None:
     gc.collect()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(prompt(40), past_key_values=cache)
+        model(prompt(40), cache=cache)
     assert not any(isinstance(layer, CompactLayer) for layer in cache.layers)
 
 
@@ -105,7 +105,7 @@ def test_another_model_is_untouched(model: Any) -> None:
         assert other.config._attn_implementation == state.attention
         assert not other._forward_pre_hooks
         ours = generate(other, prompt(50))
-    assert all(not isinstance(layer, CompactLayer) for layer in ours.past_key_values.layers)
+    assert all(not isinstance(layer, CompactLayer) for layer in ours.cache.layers)
     assert_same_run(ours, stock, 0)
     state.assert_restored()
 
@@ -116,7 +116,7 @@ def test_a_copy_made_inside_works_without_us(model: Any) -> None:
         generate(model, prompt(50), 2)
         twin = copy.deepcopy(model)
         inside = generate(twin, prompt(50))
-    assert not any(isinstance(layer, CompactLayer) for layer in inside.past_key_values.layers)
+    assert not any(isinstance(layer, CompactLayer) for layer in inside.cache.layers)
     assert twin.config._attn_implementation == model.config._attn_implementation
     for ours in (inside, generate(twin, prompt(50))):
         assert_same_run(ours, stock, 0)
@@ -150,7 +150,7 @@ def test_stats_after_the_block_are_those_of_the_last_cache(model: Any) -> None:
 
 
 def test_the_profile_in_use(model: Any) -> None:
-    filled = generate(model, prompt(40), 2).past_key_values
+    filled = generate(model, prompt(40), 2).cache
     with nexusquant_evict(model) as run:
         assert run.profile is None
         generate(model, prompt(60), 2)
@@ -161,12 +161,12 @@ def test_the_profile_in_use(model: Any) -> None:
     with nexusquant_evict(model, "max") as run:
         assert run.profile is built, "found"
         own = NexusCache(model, rope_page=0)
-        generate(model, prompt(460), 1, past_key_values=own)
+        generate(model, prompt(460), 1, cache=own)
         assert run.profile is own.profile is not None is not built
         generate(model, prompt(60), 2)
         assert run.profile is built
         with pytest.warns(UserWarning, match="left uncompressed"):
-            generate(model, prompt(60), 2, past_key_values=filled)
+            generate(model, prompt(60), 2, cache=filled)
         assert run.profile is None
     with nexusquant_evict(model, transform="hadamard", profile=built) as run:
         generate(model, prompt(60), 2)
@@ -178,25 +178,25 @@ def test_a_cache_outlives_its_block(model: Any) -> None:
     with nexusquant_evict(model, EXACT):
         ours = generate(model, prompt(40))
     ids = torch.cat([stock.sequences, prompt(9)], 1)
-    later = generate(model, ids, past_key_values=ours.past_key_values)
-    assert_same_run(later, generate(model, ids, past_key_values=stock.past_key_values))
-    assert later.past_key_values.layers[0].stored.count > 40
+    later = generate(model, ids, cache=ours.cache)
+    assert_same_run(later, generate(model, ids, cache=stock.cache))
+    assert later.cache.layers[0].stored.count > 40
 
 
 def test_a_cache_lives_without_a_block_and_leaves_with_its_last_copy(model: Any) -> None:
     cache = NexusCache(model, EXACT)
     stock = generate(model, prompt(40))
-    assert_same_run(generate(model, prompt(40), past_key_values=cache), stock)
+    assert_same_run(generate(model, prompt(40), cache=cache), stock)
     twin = copy.deepcopy(cache)
     del cache
     ids = torch.cat([stock.sequences, prompt(9)], 1)
-    assert_same_run(generate(model, ids, past_key_values=twin), generate(model, ids))
+    assert_same_run(generate(model, ids, cache=twin), generate(model, ids))
 
 
 def test_caches_and_blocks_overlap(model: Any) -> None:
     with nexusquant_evict(model, HALF):
         cache = NexusCache(model, EXACT)
-        generate(model, prompt(40), 2, past_key_values=cache)  # keeps its own settings
+        generate(model, prompt(40), 2, cache=cache)  # keeps its own settings
     assert cache.stats().kept_tokens == 41
     with nexusquant_evict(model, HALF) as run:
         del cache

@@ -143,7 +143,7 @@ def test_static_cache_is_left_alone_with_one_warning() -> None:
     ):
         ours = generate(model, prompt(40), cache_implementation="static")
     assert len(caught) == 1
-    assert type(ours.past_key_values) is StaticCache
+    assert type(ours.cache) is StaticCache
     assert_same_run(ours, stock)
 
 
@@ -156,8 +156,8 @@ def test_offloaded_cache_is_left_alone_with_one_warning(monkeypatch: pytest.Monk
     layers = list(cache.layers)
     with torch.no_grad(), nexusquant_evict(model):
         with pytest.warns(NexusQuantWarning, match="offloaded cache is left uncompressed"):
-            model(prompt(40), past_key_values=cache)
-        model(prompt(40), past_key_values=cache)  # a second warning would be an error
+            model(prompt(40), cache=cache)
+        model(prompt(40), cache=cache)  # a second warning would be an error
     assert all(a is b for a, b in zip(cache.layers, layers, strict=True))
 
 
@@ -169,9 +169,9 @@ def test_filled_cache_is_left_alone_with_one_warning() -> None:
         pytest.warns(NexusQuantWarning, match="already holds tokens") as caught,
         nexusquant_evict(model),
     ):
-        ours = generate(model, ids, past_key_values=stock.past_key_values)
+        ours = generate(model, ids, cache=stock.cache)
     assert len(caught) == 1
-    assert not compact(ours.past_key_values)
+    assert not compact(ours.cache)
     assert_same_run(ours, generate(model, ids))
 
 
@@ -180,7 +180,7 @@ def test_no_cache_wanted_means_no_cache() -> None:
     with torch.no_grad(), nexusquant_evict(model):
         out = model(prompt(40), use_cache=False)
         stock = generate(model, prompt(40), use_cache=False)
-    assert out.past_key_values is None
+    assert out.cache is None
     assert_same_run(stock, generate(model, prompt(40)))
 
 
@@ -204,7 +204,7 @@ def test_training_through_a_compressed_cache_is_refused() -> None:
     model = tiny()
     model.train()
     with pytest.raises(UnsupportedError, match="no gradient"):
-        model(prompt(60), past_key_values=NexusCache(model))
+        model(prompt(60), cache=NexusCache(model))
 
 
 @torch.no_grad()
@@ -216,8 +216,7 @@ def test_output_attentions_from_the_start_keeps_the_cache_exact_with_one_warning
         warnings.simplefilter("always")
         for tokens in (40, 2, 30):
             mine, theirs = (
-                model(prompt(tokens), past_key_values=c, output_attentions=True)
-                for c in (cache, stock)
+                model(prompt(tokens), cache=c, output_attentions=True) for c in (cache, stock)
             )
             assert torch.equal(mine.attentions[0], theirs.attentions[0])
             assert torch.equal(mine.logits, theirs.logits)
@@ -231,9 +230,9 @@ def test_output_attentions_from_the_start_keeps_the_cache_exact_with_one_warning
 def test_output_attentions_over_codes_is_refused() -> None:
     model = tiny("llama", "eager")
     cache = NexusCache(model, residual_length=8)
-    model(prompt(40), past_key_values=cache)
+    model(prompt(40), cache=cache)
     with pytest.raises(UnsupportedError, match="output_attentions"):
-        model(prompt(2), past_key_values=cache, output_attentions=True)
+        model(prompt(2), cache=cache, output_attentions=True)
 
 
 def test_reading_evicted_keys_is_refused_and_coded_ones_are_decoded() -> None:
@@ -241,8 +240,8 @@ def test_reading_evicted_keys_is_refused_and_coded_ones_are_decoded() -> None:
     full, evicted = NexusCache(model, "lossless", tiers=()), NexusCache(model, "max")
     with torch.no_grad():
         for cache in (full, evicted):
-            model(prompt(60), past_key_values=cache)
-        stock = model(prompt(60)).past_key_values.layers[0]
+            model(prompt(60), cache=cache)
+        stock = model(prompt(60)).cache.layers[0]
     keys = full.layers[0].keys
     assert keys.shape == stock.keys.shape
     error = (keys + 0 - stock.keys).square().mean() / stock.keys.var()
@@ -255,9 +254,9 @@ def test_reading_evicted_keys_is_refused_and_coded_ones_are_decoded() -> None:
 def test_stats_of_a_cache_that_was_left_alone() -> None:
     model = tiny()
     cache = DynamicCache(config=model.config)
-    model(prompt(40), past_key_values=cache)
+    model(prompt(40), cache=cache)
     with nexusquant_evict(model) as run, pytest.warns(NexusQuantWarning, match="already holds"):
-        model(prompt(5), past_key_values=cache)
+        model(prompt(5), cache=cache)
     assert run.stats.tokens == 45
     assert run.stats.compressed_layers == 0
     assert run.stats.compression_ratio == 0.5, "fp32 against fp16"
@@ -267,9 +266,9 @@ def test_stats_of_a_cache_that_was_left_alone() -> None:
 def test_another_batch_size_is_refused() -> None:
     model = tiny()
     cache = NexusCache(model)
-    model(prompt(40, batch=2), past_key_values=cache)
+    model(prompt(40, batch=2), cache=cache)
     with pytest.raises(UnsupportedError, match=r"\(2, 2\) but was given \(3, 2\)"):
-        model(prompt(5, batch=3), past_key_values=cache)
+        model(prompt(5, batch=3), cache=cache)
     assert cache.get_seq_length() == 40
 
 
@@ -278,7 +277,7 @@ def test_gradients_are_right_or_refused() -> None:
     embedded = model.get_input_embeddings()(prompt(60)).detach().requires_grad_()
 
     def gradient(cache: Any) -> torch.Tensor:
-        logits = model(inputs_embeds=embedded, past_key_values=cache).logits
+        logits = model(inputs_embeds=embedded, cache=cache).logits
         return torch.autograd.grad(logits.sum(), embedded)[0]
 
     cache = NexusCache(model, "max")

@@ -59,8 +59,8 @@ def test_three_turns_on_one_cache_equal_stock(kind: str, attention: str) -> None
     cache, stock_cache = NexusCache(model, EXACT), DynamicCache(config=model.config)
     ids, mask = left_padded([30, 21])
     for turn in range(3):
-        ours = generate(model, ids, attention_mask=mask, past_key_values=cache)
-        stock = generate(model, ids, attention_mask=mask, past_key_values=stock_cache)
+        ours = generate(model, ids, attention_mask=mask, cache=cache)
+        stock = generate(model, ids, attention_mask=mask, cache=stock_cache)
         assert_same_run(ours, stock)
         user = prompt(9 + turn, batch=2, seed=turn)
         ids = torch.cat([ours.sequences, user], 1)
@@ -74,15 +74,15 @@ def test_turns_inside_the_block_continue_the_returned_cache() -> None:
     with nexusquant_evict(model, EXACT) as run:
         sequences = []
         for turn in range(3):
-            ours = generate(model, ids, past_key_values=past)
-            past = ours.past_key_values
+            ours = generate(model, ids, cache=past)
+            past = ours.cache
             sequences.append(ours)
             ids = torch.cat([ours.sequences, prompt(10, seed=turn)], 1)
         assert run.stats.tokens == past.get_seq_length()
     ids = prompt(30)
     for turn, ours in enumerate(sequences):
-        stock = generate(model, ids, past_key_values=stock_past)
-        stock_past = stock.past_key_values
+        stock = generate(model, ids, cache=stock_past)
+        stock_past = stock.cache
         assert_same_run(ours, stock)
         ids = torch.cat([stock.sequences, prompt(10, seed=turn)], 1)
 
@@ -94,7 +94,7 @@ def test_every_turn_is_evicted(settings: CompressionConfig) -> None:
     cache = NexusCache(model, settings)
     ids = prompt(60)
     for turn in range(3):
-        out = generate(model, ids, 4, past_key_values=cache)
+        out = generate(model, ids, 4, cache=cache)
         ids = torch.cat([out.sequences, prompt(60, seed=turn)], 1)
     stats = cache.stats()
     share = stats.kept_tokens / stats.tokens
@@ -121,15 +121,15 @@ def test_reordered_codes_go_on_as_if_never_reordered() -> None:
     ids, mask = left_padded([33, 20])
     settings = CODED.replace(evict_ratio=0.5)
     cache = NexusCache(model, settings)
-    out = generate(model, ids, 20, attention_mask=mask, past_key_values=cache)
+    out = generate(model, ids, 20, attention_mask=mask, cache=cache)
     other = NexusCache(model, settings)
     swap = torch.tensor([1, 0])
-    generate(model, ids[swap], 20, attention_mask=mask[swap], past_key_values=other)
+    generate(model, ids[swap], 20, attention_mask=mask[swap], cache=other)
     other.reorder_cache(swap)
     again = torch.cat([out.sequences, prompt(3, batch=2)], 1)
     mask = torch.cat([mask, mask.new_ones(2, 23)], 1)
-    mine = generate(model, again, 12, attention_mask=mask, past_key_values=cache)
-    theirs = generate(model, again, 12, attention_mask=mask, past_key_values=other)
+    mine = generate(model, again, 12, attention_mask=mask, cache=cache)
+    theirs = generate(model, again, 12, attention_mask=mask, cache=other)
     assert_same_run(mine, theirs)
 
 
@@ -176,12 +176,12 @@ def test_other_dtypes_stay_within_their_own_rounding(
     with torch.no_grad():
         stock = model(ids).logits[:, -8:].double()
         for part in (ids[:, :20], ids[:, 20:32]):
-            model(part, past_key_values=cache)
-        ours = model(ids[:, 32:], past_key_values=cache).logits
+            model(part, cache=cache)
+        ours = model(ids[:, 32:], cache=cache).logits
     assert ours.dtype == dtype
     error = (stock - truth).square().mean().sqrt()
     assert (ours.double() - truth).square().mean().sqrt() <= 2 * error + 1e-6
     coded = NexusCache(model, CODED)
-    out = generate(model, ids, 10, past_key_values=coded)
+    out = generate(model, ids, 10, cache=coded)
     assert torch.isfinite(step_logits(out)).all()
     assert coded.stats().compressed_layers == 3

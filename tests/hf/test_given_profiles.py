@@ -80,7 +80,7 @@ def test_a_given_profile_is_used_from_the_first_token_on(as_file: bool, tmp_path
     with nexusquant_evict(model, profile=str(given) if as_file else given) as run:
         assert_equal(run.profile, profile)
         out = generate(model, prompt(40), 2)
-    assert bases(out.past_key_values) == [{Profiled}] * 3
+    assert bases(out.cache) == [{Profiled}] * 3
     assert_equal(run.profile, profile)
     assert run.stats.compressed_layers == 3
     assert NexusCache(model).profile is None, "given to those caches only"
@@ -238,7 +238,7 @@ def test_profiles_of_other_kinds_of_model(build: Any, page: int) -> None:
     count = model.config.num_hidden_layers
     assert list(profile.layers) == list(range(count))
     cache = NexusCache(model, **settings)
-    ours = generate(model, prompt(LONG, seed=2), 8, past_key_values=cache)
+    ours = generate(model, prompt(LONG, seed=2), 8, cache=cache)
     assert bases(cache) == [{Profiled}] * count
     stock = generate(model, prompt(LONG, seed=2), 8)
     drift = (step_logits(ours) - step_logits(stock))[:, 1:3].abs().max()

@@ -61,8 +61,8 @@ def test_reported_bytes_are_those_a_walk_finds(kind: str, evict_ratio: float) ->
     settings = CODED.replace(evict_ratio=evict_ratio)
     cache, stock = NexusCache(model, settings), DynamicCache(config=model.config)
     assert cache.nbytes == walked_bytes(cache) == 0
-    out = generate(model, ids, 1, attention_mask=mask, past_key_values=cache)
-    generate(model, ids, 1, attention_mask=mask, past_key_values=stock)
+    out = generate(model, ids, 1, attention_mask=mask, cache=cache)
+    generate(model, ids, 1, attention_mask=mask, cache=stock)
     for new in (3, 12, 40):
         measured = walked_bytes(cache)
         assert cache.nbytes == measured > 0
@@ -71,8 +71,8 @@ def test_reported_bytes_are_those_a_walk_finds(kind: str, evict_ratio: float) ->
         assert cache.compression_ratio == pytest.approx(2 * elements / measured, rel=0.01)
         ids = out.sequences
         mask = torch.cat([mask, mask.new_ones(2, ids.shape[1] - mask.shape[1])], 1)
-        out = generate(model, ids, new, attention_mask=mask, past_key_values=cache)
-        generate(model, ids, new, attention_mask=mask, past_key_values=stock)
+        out = generate(model, ids, new, attention_mask=mask, cache=cache)
+        generate(model, ids, new, attention_mask=mask, cache=stock)
 
 
 def test_walk_agrees_after_batch_operations_rollback_and_deferral() -> None:
@@ -80,7 +80,7 @@ def test_walk_agrees_after_batch_operations_rollback_and_deferral() -> None:
     cache = NexusCache(model, CODED)
     cache.activate_past_recording()
     with torch.no_grad():
-        model(prompt(50, batch=2), past_key_values=cache)
+        model(prompt(50, batch=2), cache=cache)
         assert cache.nbytes == walked_bytes(cache)
         cache.crop(-5)
         assert cache.nbytes == walked_bytes(cache)
@@ -88,7 +88,7 @@ def test_walk_agrees_after_batch_operations_rollback_and_deferral() -> None:
         assert cache.nbytes == walked_bytes(cache)
         cache.batch_select_indices(torch.tensor([0]))
         assert cache.nbytes == walked_bytes(cache)
-        model(prompt(3), past_key_values=cache)
+        model(prompt(3), cache=cache)
         cache.crop(-2)
     assert cache.nbytes == walked_bytes(cache)
     cache.reset()
@@ -100,7 +100,7 @@ def test_fused_projections_do_not_hide_behind_short_tails() -> None:
     model = tiny("gpt_neox")
     cache = NexusCache(model, "lossless")
     with torch.no_grad():
-        model(prompt(20), past_key_values=cache)
+        model(prompt(20), cache=cache)
     assert cache.stats().compressed_layers == 0
     assert walked_bytes(cache) <= 1.01 * 4 * cache.stats().elements + 4 * 20 + 64
 
@@ -110,9 +110,9 @@ def test_window_only_models_do_not_grow() -> None:
     cache = NexusCache(model, CODED)
     sizes = []
     with torch.no_grad():
-        model(prompt(4 * WINDOW), past_key_values=cache)
+        model(prompt(4 * WINDOW), cache=cache)
         for step in range(160):
-            model(prompt(1, seed=step), past_key_values=cache)
+            model(prompt(1, seed=step), cache=cache)
             sizes.append(cache.nbytes)
     # Positions of forgotten slots are all that may grow, one int32 per token; a stored token takes
     # 772 bytes until its block is coded, then 60.
@@ -125,10 +125,10 @@ def test_nothing_of_a_forward_pass_stays_behind() -> None:
     cache = NexusCache(model, CODED)
     live = LiveBytes()
     with torch.no_grad():
-        model(prompt(20), past_key_values=NexusCache(model, CODED))  # constants of the codec
+        model(prompt(20), cache=NexusCache(model, CODED))  # constants of the codec
     with live, torch.no_grad():
         for _ in range(3):
-            model(prompt(400), past_key_values=cache, logits_to_keep=1)
+            model(prompt(400), cache=cache, logits_to_keep=1)
             model(prompt(400), use_cache=False, logits_to_keep=1)
     assert live.now() == cache.nbytes
     del cache
@@ -172,7 +172,7 @@ def test_peak_memory_of_a_prefill_falls(quality: str, attention: str) -> None:
         gc.collect()
         live = LiveBytes()
         with live, torch.no_grad():
-            model(ids, past_key_values=cache, logits_to_keep=1)
+            model(ids, cache=cache, logits_to_keep=1)
         peaks.append(live.peak)
     plain, ours = peaks
     dense = 24 * 2 * 4 * 1024 * 32 * 4

@@ -65,7 +65,7 @@ def test_a_profile_from_few_different_tokens_still_codes_others(
         cache = NexusCache(calm, "lossless")
         assert cache.profile is not None
         feed(calm, cache, ids[:, :600], 600)
-        found = calm(ids[:, 600:], past_key_values=cache).logits[0].log_softmax(-1)
+        found = calm(ids[:, 600:], cache=cache).logits[0].log_softmax(-1)
         errors.append(float((exact.exp() * (exact - found)).sum(-1).mean()))
     assert errors[0] < 20 * errors[1]
 
@@ -79,25 +79,25 @@ def test_text_of_few_different_tokens_is_refused() -> None:
 def test_a_profile_made_in_inference_mode_can_be_used_outside() -> None:
     model = tiny()
     with torch.inference_mode():
-        model(prompt(600), past_key_values=NexusCache(model))
+        model(prompt(600), cache=NexusCache(model))
     profile = NexusCache(model).profile
     assert profile is not None
     assert not any(x.is_inference() for x in vars(profile.layers[0].key).values())
     cache = NexusCache(model)
-    model(prompt(600), past_key_values=cache)
-    assert model(prompt(5), past_key_values=cache).logits.isfinite().all()
+    model(prompt(600), cache=cache)
+    assert model(prompt(5), cache=cache).logits.isfinite().all()
 
 
 @torch.no_grad()
 def test_the_inner_model_finishes_its_profile_with_the_next_pass() -> None:
     model = tiny()
     cache = NexusCache(model)
-    model.model(prompt(600), past_key_values=cache)
-    model.model(prompt(600), past_key_values=NexusCache(model))
+    model.model(prompt(600), cache=cache)
+    model.model(prompt(600), cache=NexusCache(model))
     profile = NexusCache(model).profile or cache.profile
     assert profile is not None
     second = NexusCache(model, profile=profile)
-    model.model(prompt(600), past_key_values=second)
+    model.model(prompt(600), cache=second)
     assert profile.complete
     assert NexusCache(model).profile is profile
 

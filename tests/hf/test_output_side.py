@@ -169,7 +169,7 @@ def test_real_models(kind: str, attention: str, monkeypatch: pytest.MonkeyPatch)
     model, seen = tiny(kind, attention), Seen(monkeypatch)
     ids, mask = left_padded([520, 530])
     output = model(
-        ids, attention_mask=mask, past_key_values=NexusCache(model), output_hidden_states=True,
+        ids, attention_mask=mask, cache=NexusCache(model), output_hidden_states=True,
     )  # fmt: skip
     assert len(seen.sides) == 3
     for (module, side), stream in zip(seen.sides, output.hidden_states[:-1], strict=True):
@@ -181,7 +181,7 @@ def test_real_models(kind: str, attention: str, monkeypatch: pytest.MonkeyPatch)
 @torch.no_grad()
 def test_gpt2_keeps_its_square_weight_transposed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = gpt2(), Seen(monkeypatch)
-    output = model(prompt(530), past_key_values=NexusCache(model), output_hidden_states=True)
+    output = model(prompt(530), cache=NexusCache(model), output_hidden_states=True)
     assert len(seen.sides) == 2
     for (module, side), stream in zip(seen.sides, output.hidden_states[:-1], strict=True):
         assert_projects(side.projection, module.c_proj, 64)
@@ -192,9 +192,9 @@ def test_gpt2_keeps_its_square_weight_transposed(monkeypatch: pytest.MonkeyPatch
 def test_nobody_asks_when_no_profile_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = tiny(), Seen(monkeypatch)
     for settings in ({"codec": "exact"}, {"transform": "hadamard"}):
-        model(prompt(530), past_key_values=NexusCache(model, CompressionConfig(**settings)))
-    model(prompt(400), past_key_values=NexusCache(model))
+        model(prompt(530), cache=NexusCache(model, CompressionConfig(**settings)))
+    model(prompt(400), cache=NexusCache(model))
     assert not seen.sides
-    model(prompt(530), past_key_values=NexusCache(model))
-    model(prompt(530), past_key_values=NexusCache(model))
+    model(prompt(530), cache=NexusCache(model))
+    model(prompt(530), cache=NexusCache(model))
     assert len(seen.sides) == 3, "once per model"

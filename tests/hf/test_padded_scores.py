@@ -42,11 +42,11 @@ def test_rows_keep_what_they_keep_alone(
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 99)
     batch = NexusCache(model, SETTINGS, scorer=scorer)
     own = {"position_ids": positions} if given else {}
-    model(ids, attention_mask=mask, past_key_values=batch, **own)
+    model(ids, attention_mask=mask, cache=batch, **own)
     for row, length in enumerate(LENGTHS):
         padding = ids.shape[1] - length
         alone = NexusCache(model, SETTINGS, scorer=scorer)
         slots = torch.arange(padding, ids.shape[1])[None]
         own = {} if given or kind == "opt" else {"position_ids": slots}
-        model(ids[row : row + 1, padding:], past_key_values=alone, **own)
+        model(ids[row : row + 1, padding:], cache=alone, **own)
         assert kept(batch, row, padding) == kept(alone, 0, 0)

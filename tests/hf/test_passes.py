@@ -33,7 +33,7 @@ class Failing:
 
 def logits(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(ids, past_key_values=cache).logits
+        return model(ids, cache=cache).logits
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
@@ -86,7 +86,7 @@ def test_a_refused_pass_is_undone() -> None:
     bad = model.get_input_embeddings()(prompt(20)).detach().clone()
     bad[0, 3] = torch.nan
     with torch.no_grad(), pytest.raises(NonFiniteError, match="layer 0"):
-        model(inputs_embeds=bad, past_key_values=cache)
+        model(inputs_embeds=bad, cache=cache)
     assert cache.get_seq_length() == 40
     assert cache.nbytes == before
 

@@ -19,7 +19,7 @@ from tests.zoo.builders import build
 
 @torch.no_grad()
 def feed(model: Any, cache: Any, ids: Tensor) -> Tensor:
-    logits: Tensor = model(ids, past_key_values=cache).logits
+    logits: Tensor = model(ids, cache=cache).logits
     return logits
 
 
@@ -59,11 +59,11 @@ def test_the_cache_of_a_block_goes_on_in_another_block() -> None:
     model = tiny()
     with nexusquant_evict(model, "balanced"):
         first = generate(model, prompt(60), 5)
-    again = sent(first.past_key_values)
+    again = sent(first.cache)
     with nexusquant_evict(model, "balanced"):
         turn = torch.cat([first.sequences, prompt(9)], 1)
-        mine = generate(model, turn, 5, past_key_values=again)
-        theirs = generate(model, turn, 5, past_key_values=first.past_key_values)
+        mine = generate(model, turn, 5, cache=again)
+        theirs = generate(model, turn, 5, cache=first.cache)
     assert torch.equal(mine.sequences, theirs.sequences)
 
 

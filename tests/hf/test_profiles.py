@@ -191,7 +191,7 @@ def test_generation_and_the_block_use_it() -> None:
         profile = NexusCache(model).profile
         again = generate(model, ids, 4)
     assert profile is not None
-    caches = [out.past_key_values for out in (first, again)]
+    caches = [out.cache for out in (first, again)]
     assert [bases(cache) for cache in caches] == [[{Profiled}] * 3] * 2
     assert run.stats.compressed_layers == 3
 

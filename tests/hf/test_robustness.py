@@ -118,7 +118,7 @@ def test_rows_of_nothing_but_padding_stay_finite() -> None:
             seen = torch.ones(3, both.get_seq_length() + length, dtype=torch.long)
             seen[1] = 0
             with torch.no_grad():
-                out = model(now, attention_mask=seen, past_key_values=both).logits
+                out = model(now, attention_mask=seen, cache=both).logits
             assert out.isfinite().all()
             other = feed(model, alone, now[[0, 2]], length)
             torch.testing.assert_close(out[[0, 2]], other, rtol=0, atol=1e-4)

@@ -40,9 +40,9 @@ def test_eight_threads_share_a_model(attention: str) -> None:
             for length in (60, 1, 33):
                 gate.wait()
                 outputs.append(generate(model, prompt(length, seed=length), 12))
-            past = outputs[0].past_key_values
+            past = outputs[0].cache
             ids = torch.cat([outputs[0].sequences, prompt(20)], 1)
-            outputs.append(generate(model, ids, 12, past_key_values=past))
+            outputs.append(generate(model, ids, 12, cache=past))
             outputs.append(run.stats)
             gate.wait()
         return outputs
@@ -71,7 +71,7 @@ def test_two_hundred_blocks_leave_nothing(attention: str) -> None:
                     generate(model, prompt(30), 3)
             cache = NexusCache(model, EIGHT[index % 8])
             if index % 9 == 0:
-                generate(model, prompt(30), 3, past_key_values=cache)
+                generate(model, prompt(30), 3, cache=cache)
 
     rounds(60)  # whatever is kept for the process
     state, tensors, grown = State(model), live_tensors(), []
@@ -90,7 +90,7 @@ def test_two_thousand_tokens_in_bounded_memory() -> None:
     settings = CompressionConfig(residual_length=16, recent=8, max_tokens=64)
     cache, ids, sizes = NexusCache(model, settings), prompt(100), []
     for _ in range(4):  # whole blocks, so that all tails are equally long
-        ids = generate(model, ids, 512, past_key_values=cache, do_sample=True).sequences
+        ids = generate(model, ids, 512, cache=cache, do_sample=True).sequences
         stats = cache.stats()
         assert stats.kept_tokens <= 64 + 16
         sizes.append(stats.nbytes - 4 * stats.tokens)  # a position per token remains

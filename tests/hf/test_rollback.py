@@ -87,7 +87,7 @@ def test_prompt_lookup_equals_greedy(kind: str) -> None:
     stock = generate(model, ids, 30)
     for cache in (NexusCache(model, EXACT), None):
         with nexusquant_evict(model, EXACT):
-            ours = generate(model, ids, 30, prompt_lookup_num_tokens=4, past_key_values=cache)
+            ours = generate(model, ids, 30, prompt_lookup_num_tokens=4, cache=cache)
         assert torch.equal(ours.sequences, stock.sequences)
 
 

@@ -75,7 +75,7 @@ def assert_unrotated(cache: NexusCache, keys: Keys) -> None:
 def feed(model: Any, cache: NexusCache, ids: Tensor, steps: list[int], **kwargs: Any) -> None:
     begin = 0
     for step in steps:
-        model(ids[:, begin : begin + step], past_key_values=cache, **kwargs)
+        model(ids[:, begin : begin + step], cache=cache, **kwargs)
         begin += step
 
 
@@ -129,7 +129,7 @@ def test_left_padding_and_explicit_positions() -> None:
     model = tiny("llama")
     ids, mask = left_padded([50, 31])
     cache, keys = NexusCache(model, KEEP), Keys(model)
-    generate(model, ids, 6, attention_mask=mask, past_key_values=cache)
+    generate(model, ids, 6, attention_mask=mask, cache=cache)
     assert_unrotated(cache, keys)
     span = cache.layers[0].rope.table.spans[0]
     assert span.positions.shape == (2, 55)
@@ -180,7 +180,7 @@ def test_rows_no_frequencies_explain_are_stored_as_they_are() -> None:
     assert span.rows[0].shape == (1, 40, 16)
     stock = generate(model, prompt(40))
     ours = generate(
-        model, prompt(40), past_key_values=NexusCache(model, CODED, codec="exact", evict_ratio=0.0)
+        model, prompt(40), cache=NexusCache(model, CODED, codec="exact", evict_ratio=0.0)
     )
     assert_same_run(ours, stock)
 
@@ -195,9 +195,9 @@ def test_a_model_without_rope_keeps_its_keys_as_they_are() -> None:
     ).eval()  # fmt: skip
     stock = generate(model, prompt(40))
     exact = NexusCache(model, CODED, codec="exact")
-    assert_same_run(generate(model, prompt(40), past_key_values=exact), stock)
+    assert_same_run(generate(model, prompt(40), cache=exact), stock)
     cache = NexusCache(model, CODED, key_bits=4, value_bits=4)
-    ours = generate(model, prompt(40), past_key_values=cache)
+    ours = generate(model, prompt(40), cache=cache)
     assert all(layer.rope is None for layer in cache.layers)
     assert cache.stats().compressed_layers == 2
     assert (step_logits(ours)[:, 1] - step_logits(stock)[:, 1]).abs().max() < 0.5

@@ -100,10 +100,10 @@ def test_arguments_by_place_and_one_mask_for_all_rows() -> None:
     model, (ids, mask) = tiny(), left_padded([70, 40])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     caches = [NexusCache(model, KVZIP) for _ in range(4)]
-    model(ids, attention_mask=mask, position_ids=positions, past_key_values=caches[0])
+    model(ids, attention_mask=mask, position_ids=positions, cache=caches[0])
     model(ids, mask, positions, caches[1])
-    model(ids, past_key_values=caches[2])
-    model(ids, attention_mask=torch.ones(1, 70), past_key_values=caches[3])
+    model(ids, cache=caches[2])
+    model(ids, attention_mask=torch.ones(1, 70), cache=caches[3])
     assert kept(caches[0], 1) == kept(caches[1], 1)
     assert kept(caches[2], 1) == kept(caches[3], 1)
 
@@ -132,10 +132,10 @@ def test_hardly_any_positions_left(kind: str, first: int) -> None:
     cache = NexusCache(model, KVZIP, residual_length=8)
     other = NexusCache(model, cache.config, scorer="expected_attention")
     with pytest.warns(NexusQuantWarning, match="fewer than 32 of the model's positions"):
-        model(ids, position_ids=positions, past_key_values=cache)
-    model(ids, position_ids=positions, past_key_values=other)
+        model(ids, position_ids=positions, cache=cache)
+    model(ids, position_ids=positions, cache=other)
     for both in (cache, other):  # a second warning would be an error
-        model(prompt(24), position_ids=torch.arange(100, 124)[None], past_key_values=both)
+        model(prompt(24), position_ids=torch.arange(100, 124)[None], cache=both)
     assert kept(cache, 1) == kept(other, 1)
 
 
@@ -167,7 +167,7 @@ def test_registered_scorers_may_ask_for_a_second_pass() -> None:
     assert kept(caches[0], 1) == kept(caches[1], 1)
     embedded = model.get_input_embeddings()(prompt(80)).detach()
     with pytest.warns(NexusQuantWarning, match="scorer='received' asks for a second pass"):
-        model(inputs_embeds=embedded, past_key_values=NexusCache(model, KVZIP, scorer="received"))
+        model(inputs_embeds=embedded, cache=NexusCache(model, KVZIP, scorer="received"))
 
 
 def test_where_no_second_pass_is_possible() -> None:
@@ -181,7 +181,7 @@ def test_where_no_second_pass_is_possible() -> None:
     ):
         cache = NexusCache(model, KVZIP)
         with pytest.warns(NexusQuantWarning, match=message):
-            model(**given, past_key_values=cache)
+            model(**given, cache=cache)
         assert kept(cache, 1) == kept(other, 1)
     keys, values = torch.randn(1, 2, 64, 16), torch.randn(1, 2, 64, 16)
     packed = [

@@ -36,15 +36,15 @@ def by_hand(model: Any, cache: Any, ids: Tensor, new: int) -> tuple[Tensor, Tens
 def test_a_loop_of_ones_own_equals_generate(kind: str, settings: CompressionConfig) -> None:
     model = tiny(kind)
     cache = NexusCache(model, settings)
-    out = generate(model, prompt(40), 20, past_key_values=NexusCache(model, settings))
+    out = generate(model, prompt(40), 20, cache=NexusCache(model, settings))
     sequences, logits = by_hand(model, cache, prompt(40), 20)
     assert torch.equal(sequences, out.sequences)
     torch.testing.assert_close(logits, step_logits(out), rtol=0, atol=1e-4)
     with torch.no_grad(), nexusquant_evict(model, settings):
         past, ids = None, prompt(40)
         for token in [ids, *sequences[:, 40:-1].split(1, 1)]:
-            output = model(token, past_key_values=past)
-            past = output.past_key_values
+            output = model(token, cache=past)
+            past = output.cache
     torch.testing.assert_close(output.logits[:, -1], logits[:, -1], rtol=0, atol=1e-4)
 
 
@@ -88,13 +88,13 @@ def test_beams_with_codes_score_as_each_sequence_fed_alone(
 
 def contrastive(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
     """Contrastive search in small: repeat the cache, try the best three, select one."""
-    cache = kwargs["past_key_values"]
-    out = model(input_ids, past_key_values=cache, output_hidden_states=True)
+    cache = kwargs["cache"]
+    out = model(input_ids, cache=cache, output_hidden_states=True)
     context, logits = out.hidden_states[-1], out.logits[:, -1]
     for _ in range(14):
         weights, ids = logits.softmax(-1).topk(3)
         cache.batch_repeat_interleave(3)
-        out = model(ids.view(-1, 1), past_key_values=cache, output_hidden_states=True)
+        out = model(ids.view(-1, 1), cache=cache, output_hidden_states=True)
         new = out.hidden_states[-1].view(len(ids), 3, -1)
         alike = torch.cosine_similarity(new[:, :, None], context[:, None], dim=-1).amax(-1)
         best = (0.4 * weights - 0.6 * alike).argmax(-1)
@@ -116,9 +116,9 @@ def test_contrastive_search_equals_stock_and_rows_alone(kind: str) -> None:
         ours = model.generate(ids, custom_generate=contrastive, max_new_tokens=14)
     assert run.stats.compressed_layers == 3
     assert torch.equal(ours, stock)
-    both = contrastive(model, ids, past_key_values=NexusCache(model, HALF))
+    both = contrastive(model, ids, cache=NexusCache(model, HALF))
     for row in range(2):
-        alone = contrastive(model, ids[row : row + 1], past_key_values=NexusCache(model, HALF))
+        alone = contrastive(model, ids[row : row + 1], cache=NexusCache(model, HALF))
         assert torch.equal(alone[0], both[row])
 
 
@@ -163,12 +163,10 @@ def test_guidance_equals_stock_and_compresses_both_sides(negative: int | None) -
     with nexusquant_evict(model, EXACT) as run:
         ours = generate(model, prompt(40, seed=2), 20, **guided)
     assert run.stats.compressed_layers == 3, "the unconditional side's, which ran last"
-    assert ours.past_key_values.layers[0].stored.count > 40
+    assert ours.cache.layers[0].stored.count > 40
     assert_same_run(ours, stock)
     # A cache of one's own is for the prompt; the other side then has a plain one.
-    own = generate(
-        model, prompt(40, seed=2), 20, past_key_values=NexusCache(model, EXACT), **guided
-    )
+    own = generate(model, prompt(40, seed=2), 20, cache=NexusCache(model, EXACT), **guided)
     assert_same_run(own, stock)
 
 
@@ -179,10 +177,10 @@ def test_five_turns_go_on_as_a_copy_does(kind: str) -> None:
     with nexusquant_evict(model, HALF) as run:
         for turn in range(5):
             twin = copy.deepcopy(past)
-            out = generate(model, ids, 10, past_key_values=past)
+            out = generate(model, ids, 10, cache=past)
             if turn:
-                assert_same_run(generate(model, ids, 10, past_key_values=twin), out, 0)
-            past, length = out.past_key_values, ids.shape[1] + 9
+                assert_same_run(generate(model, ids, 10, cache=twin), out, 0)
+            past, length = out.cache, ids.shape[1] + 9
             assert past.get_seq_length() == length
             ids = torch.cat([out.sequences, prompt(9 + turn, seed=turn)], 1)
     assert run.stats.tokens == length
@@ -195,7 +193,7 @@ def test_tuples_are_returned_as_ever() -> None:
     stock = model(prompt(40), return_dict=False)
     with nexusquant_evict(model, EXACT):
         first = model(prompt(40)[:, :30], return_dict=False)
-        second = model(prompt(40)[:, 30:], past_key_values=first[1], return_dict=False)
+        second = model(prompt(40)[:, 30:], cache=first[1], return_dict=False)
         plain = model.generate(prompt(40), max_new_tokens=9, do_sample=False)
     assert isinstance(second, tuple)
     assert len(second) == len(stock) == 2
@@ -225,7 +223,7 @@ def test_logits_to_keep_are_those_of_all(keep: Any) -> None:
     caches = [NexusCache(model, HALF) for _ in range(2)]
     for ids in (prompt(40), prompt(9)):
         whole, few = (
-            model(ids, past_key_values=cache, logits_to_keep=kept).logits
+            model(ids, cache=cache, logits_to_keep=kept).logits
             for cache, kept in zip(caches, (0, keep), strict=True)
         )
         torch.testing.assert_close(few, whole[:, chosen], rtol=0, atol=1e-5)
@@ -252,8 +250,8 @@ def test_a_streamer_shows_what_is_returned_while_it_is_made() -> None:
     ids = prompt(40) + 10
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
     cache, twin = NexusCache(model, HALF), NexusCache(model, HALF)
-    whole = model.generate(ids, past_key_values=twin, max_new_tokens=20, do_sample=False)
-    arguments = {"past_key_values": cache, "max_new_tokens": 20, "do_sample": False}
+    whole = model.generate(ids, cache=twin, max_new_tokens=20, do_sample=False)
+    arguments = {"cache": cache, "max_new_tokens": 20, "do_sample": False}
     worker = threading.Thread(
         target=model.generate, args=(ids,), kwargs={**arguments, "streamer": streamer}
     )
@@ -277,12 +275,12 @@ def test_a_quantized_cache_of_others_is_left_alone_with_one_warning(new: int) ->
 
     model = tiny()
     caches = [Cache(layers=[Rounded(residual_length=8) for _ in range(3)]) for _ in range(2)]
-    stock = generate(model, prompt(40), new, past_key_values=caches[0])
+    stock = generate(model, prompt(40), new, cache=caches[0])
     with (
         pytest.warns(NexusQuantWarning, match="Cache is left uncompressed") as caught,
         nexusquant_evict(model) as run,
     ):
-        ours = generate(model, prompt(40), new, past_key_values=caches[1])
+        ours = generate(model, prompt(40), new, cache=caches[1])
     assert len(caught) == 1
     assert run.stats.tokens == 40 + new - 1
     assert_same_run(ours, stock, 0)

@@ -73,7 +73,7 @@ def test_a_shallow_copy_is_the_same_cache_as_in_stock() -> None:
 def test_a_copy_of_a_cache_that_a_block_made(inside: bool) -> None:
     model = tiny()
     with nexusquant_evict(model, HALF):
-        past = generate(model, prompt(40), 12).past_key_values
+        past = generate(model, prompt(40), 12).cache
         twin = copy.deepcopy(past)
     if not inside:
         twin = copy.deepcopy(past)
@@ -149,7 +149,7 @@ def test_generate_on_rows_rearranged_by_hand(kind: str, settings: Any) -> None:
     cache.batch_select_indices(torch.tensor([0, 1, 3]))
     feed(model, direct, ids[order, :-1], 39, mask[order])
     ours, theirs = (
-        generate(model, ids[order], 20, attention_mask=mask[order], past_key_values=each)
+        generate(model, ids[order], 20, attention_mask=mask[order], cache=each)
         for each in (cache, direct)
     )
     assert_same_run(ours, theirs)
@@ -159,12 +159,12 @@ def test_generate_on_rows_rearranged_by_hand(kind: str, settings: Any) -> None:
 def test_a_reset_cache_takes_another_batch_and_dtype() -> None:
     model = tiny()
     cache = NexusCache(model, HALF)
-    generate(model, prompt(40), 12, past_key_values=cache)
+    generate(model, prompt(40), 12, cache=cache)
     cache.reset()
     model.to(torch.bfloat16)
-    again = generate(model, prompt(30, batch=3), 12, past_key_values=cache)
+    again = generate(model, prompt(30, batch=3), 12, cache=cache)
     assert_same_run(
-        again, generate(model, prompt(30, batch=3), 12, past_key_values=NexusCache(model, HALF)), 0
+        again, generate(model, prompt(30, batch=3), 12, cache=NexusCache(model, HALF)), 0
     )
 
 
@@ -196,8 +196,8 @@ def test_right_padding_equals_stock_and_rows_alone(kind: str, attention: str) ->
 
     @torch.no_grad()
     def run(cache: Any) -> Tensor:
-        first = model(ids, attention_mask=mask[:, :30], past_key_values=cache).logits
-        second = model(more, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        first = model(ids, attention_mask=mask[:, :30], cache=cache).logits
+        second = model(more, attention_mask=mask, position_ids=positions, cache=cache)
         return torch.cat([first, second.logits], 1)[mask.bool()]
 
     cache, stock = pair(model)
@@ -223,7 +223,7 @@ def test_a_mask_given_late_changes_nothing(kind: str, settings: CompressionConfi
     for begin, stop in ((30, 50), (50, 51), (51, 60)):
         mask = torch.ones(1, stop, dtype=torch.long)
         with torch.no_grad():
-            ours = model(ids[:, begin:stop], attention_mask=mask, past_key_values=cache).logits
+            ours = model(ids[:, begin:stop], attention_mask=mask, cache=cache).logits
         close(ours, feed(model, without, ids[:, begin:stop], 20), 1e-5)
 
 
@@ -233,16 +233,16 @@ def test_positions_from_seven_on(kind: str) -> None:
     shifted = {"position_ids": torch.arange(7, 47)[None]}
     cache, stock = pair(model)
     assert_same_run(
-        generate(model, prompt(40), 20, past_key_values=cache, **shifted),
-        generate(model, prompt(40), 20, past_key_values=stock, **shifted),
+        generate(model, prompt(40), 20, cache=cache, **shifted),
+        generate(model, prompt(40), 20, cache=stock, **shifted),
     )
     with torch.no_grad():
-        logits = [model(prompt(40), past_key_values=each, **shifted).logits for each in pair(model)]
+        logits = [model(prompt(40), cache=each, **shifted).logits for each in pair(model)]
     close(*logits)
     for settings in (CODED, HALF):  # only distances count where RoPE is undone altogether
         moved, plain = (NexusCache(model, settings, rope_page=1) for _ in range(2))
         for begin, stop in ((0, 30), (30, 50), (50, 60)):
             now, at = prompt(60)[:, begin:stop], torch.arange(begin + 7, stop + 7)[None]
             with torch.no_grad():
-                ours = model(now, position_ids=at, past_key_values=moved).logits
+                ours = model(now, position_ids=at, cache=moved).logits
             close(ours, feed(model, plain, now, 30), 1e-3)

@@ -38,7 +38,7 @@ def test_drafts_behind_codes_equal_greedy_decoding(kind: str, ratio: float, draf
     with nexusquant_evict(model, settings) as run:
         greedy = generate(model, ids, 25)
         model.register_forward_pre_hook(
-            lambda _, args, kwargs: lengths.append(kwargs["past_key_values"].get_seq_length()),
+            lambda _, args, kwargs: lengths.append(kwargs["cache"].get_seq_length()),
             with_kwargs=True,
         )
         drafted = generate(model, ids, 25, **drafting(draft, kind))
@@ -72,7 +72,7 @@ def test_drafts_behind_a_prefilled_cache_equal_stock(kind: str, draft: str) -> N
     for cache in (NexusCache(model, EXACT), DynamicCache(config=model.config)):
         feed(model, cache, ids[:, :20], 20)
         cache.activate_past_recording()
-        out = generate(model, ids, 25, past_key_values=cache, **drafting(draft, kind))
+        out = generate(model, ids, 25, cache=cache, **drafting(draft, kind))
         outputs.append((out, cache.get_seq_length()))
     (ours, length), (stock, stock_length) = outputs
     assert length == stock_length
@@ -83,6 +83,6 @@ def test_drafts_behind_a_prefilled_cache_equal_stock(kind: str, draft: str) -> N
 def test_a_plain_turn_after_drafts_compresses_again(draft: str) -> None:
     model = tiny()
     cache = NexusCache(model, CODED)
-    out = generate(model, prompt(40), 10, past_key_values=cache, **drafting(draft, "llama"))
-    generate(model, out.sequences, 40, past_key_values=cache)
+    out = generate(model, prompt(40), 10, cache=cache, **drafting(draft, "llama"))
+    generate(model, out.sequences, 40, cache=cache)
     assert all(layer.tail.count < 8 for layer in cache.layers)

@@ -63,12 +63,12 @@ def test_inference_mode_comes_first_in_a_process(same: bool) -> None:
     model = tiny()
     cache = NexusCache(model, HALF)
     with torch.inference_mode():
-        model(prompt(40), past_key_values=cache)
-        model(prompt(3), past_key_values=cache)
+        model(prompt(40), cache=cache)
+        model(prompt(3), cache=cache)
     if not same:
         cache = NexusCache(model, HALF)
-        model(prompt(40), past_key_values=cache)
-    assert model(prompt(12), past_key_values=cache).logits.isfinite().all()
+        model(prompt(40), cache=cache)
+    assert model(prompt(12), cache=cache).logits.isfinite().all()
 
 
 def test_inference_mode_then_no_grad_then_gradients_on_one_cache() -> None:
@@ -77,11 +77,11 @@ def test_inference_mode_then_no_grad_then_gradients_on_one_cache() -> None:
     parts = prompt(60)[:, :20], prompt(60)[:, 20:33], prompt(60)[:, 33:]
     expected = [feed(model, plain, part, 60) for part in parts]
     with torch.inference_mode():
-        logits = [model(parts[0], past_key_values=cache).logits.clone()]
+        logits = [model(parts[0], cache=cache).logits.clone()]
     with torch.no_grad():
-        logits.append(model(parts[1], past_key_values=cache).logits)
+        logits.append(model(parts[1], cache=cache).logits)
     copied = copy.deepcopy(cache)
-    logits.append(model(parts[2], past_key_values=cache).logits.detach())
+    logits.append(model(parts[2], cache=cache).logits.detach())
     for ours, stock in zip(logits, expected, strict=True):
         close(ours, stock, 1e-5)
     close(feed(model, copied, parts[2], 60), expected[2], 1e-5)
@@ -95,7 +95,7 @@ def test_a_loop_that_forgot_no_grad(kind: str, settings: CompressionConfig) -> N
     cache, plain = NexusCache(model, settings), NexusCache(model, settings)
     ids = prompt(60)
     for part in ids[:, :40], *ids[:, 40:].split(1, 1):
-        logits = model(part, past_key_values=cache).logits
+        logits = model(part, cache=cache).logits
         close(logits.detach(), feed(model, plain, part, 40), 1e-5)
     assert cache.nbytes == plain.nbytes
 
@@ -129,7 +129,7 @@ def test_autocast_with_codes_and_eviction(kind: str, codec: str) -> None:
     model = tiny(kind)
     cache = NexusCache(model, HALF, codec=codec)
     with torch.autocast("cpu", torch.bfloat16):
-        coded = generate(model, prompt(40), 12, past_key_values=cache)
+        coded = generate(model, prompt(40), 12, cache=cache)
     assert step_logits(coded).isfinite().all()
 
 
@@ -152,13 +152,13 @@ def test_autocast_around_a_cache_changes_no_arithmetic_of_ours(kind: str) -> Non
 @CODES
 def test_to_bf16_and_back_between_calls(settings: CompressionConfig) -> None:
     model = tiny().to(torch.bfloat16).float()  # so that the way back loses nothing
-    before = generate(model, prompt(460), 12, past_key_values=NexusCache(model, settings))
-    again = generate(model, prompt(460), 12, past_key_values=NexusCache(model, settings))
+    before = generate(model, prompt(460), 12, cache=NexusCache(model, settings))
+    again = generate(model, prompt(460), 12, cache=NexusCache(model, settings))
     model.to(torch.bfloat16)
-    small = generate(model, prompt(460), 12, past_key_values=NexusCache(model, settings))
+    small = generate(model, prompt(460), 12, cache=NexusCache(model, settings))
     assert step_logits(small).isfinite().all()
     model.float()
-    back = generate(model, prompt(460), 12, past_key_values=NexusCache(model, settings))
+    back = generate(model, prompt(460), 12, cache=NexusCache(model, settings))
     assert_same_run(back, again, 0)
     assert before.sequences.shape == back.sequences.shape
 
@@ -200,7 +200,7 @@ def test_two_models_that_share_a_config(attention: str) -> None:
     assert run.stats.compressed_layers == 3
     assert_same_run(ours, stock[0])
     assert_same_run(plain, stock[1], 0)
-    assert_same_run(generate(two, prompt(40), 12, past_key_values=cache), stock[1])
+    assert_same_run(generate(two, prompt(40), 12, cache=cache), stock[1])
     assert_same_run(generate(one, prompt(40), 12), stock[0], 0)
     del cache, ours  # both keep the model's attention routed to us
     gc.collect()
@@ -230,13 +230,13 @@ def test_offloaded_weights(how: str, tmp_path: Path) -> None:
     assert run.stats.compressed_layers == 3
     caches = NexusCache(model, HALF), NexusCache(plain, HALF)
     coded = [
-        generate(each, prompt(40), 12, past_key_values=cache)
+        generate(each, prompt(40), 12, cache=cache)
         for each, cache in zip((model, plain), caches, strict=True)
     ]
     assert_same_run(*coded)
     assert caches[0].nbytes == caches[1].nbytes
     cache = NexusCache(model, HALF)  # an output projection that is not there is not measured
-    assert step_logits(generate(model, prompt(460), 12, past_key_values=cache)).isfinite().all()
+    assert step_logits(generate(model, prompt(460), 12, cache=cache)).isfinite().all()
     assert cache.profile is not None
     assert cache.profile.complete
 
@@ -249,7 +249,7 @@ def test_the_inner_model_with_a_cache(kind: str, settings: CompressionConfig) ->
     ids = prompt(60)
     with torch.no_grad():
         for part in ids[:, :30], ids[:, 30:50], *ids[:, 50:].split(1, 1):
-            inner = model.model(part, past_key_values=caches[0]).last_hidden_state
-            logits = model(part, past_key_values=caches[1]).logits
+            inner = model.model(part, cache=caches[0]).last_hidden_state
+            logits = model(part, cache=caches[1]).logits
             close(model.lm_head(inner), logits, 1e-4)
     assert caches[0].nbytes == caches[1].nbytes

@@ -46,7 +46,7 @@ def test_generate_over_uneven_heads(kind: str, codec: str) -> None:
         NexusCache(model, SHARED, codec=codec, head_safeguard=safeguard) for safeguard in (1.0, 0.3)
     )
     ids = prompt(200)
-    runs = [generate(model, ids, new=24, past_key_values=x) for x in (even, cache)]
+    runs = [generate(model, ids, new=24, cache=x) for x in (even, cache)]
     assert any(ragged(stored) for stored in stored_of(cache))
     assert not any(ragged(stored) for stored in stored_of(even))
     assert step_logits(runs[1]).isfinite().all()
@@ -150,7 +150,7 @@ def test_a_safeguard_of_one_changes_nothing() -> None:
     for changes in ({}, {"head_safeguard": 1}):
         settings = CompressionConfig(evict_ratio=0.5, residual_length=8, recent=4)
         cache = NexusCache(model, settings, **changes)
-        runs.append(generate(model, prompt(100), past_key_values=cache))
+        runs.append(generate(model, prompt(100), cache=cache))
         sizes.append(storage_bytes([layer.tensors() for layer in cache.layers]))
     assert_same_run(*runs, tolerance=0)
     assert sizes[0] == sizes[1]

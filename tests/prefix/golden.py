@@ -198,7 +198,7 @@ def read(owner: Any, cache: Any, begin: int, stop: int) -> np.ndarray[Any, Any]:
     for first in [x for x in range(begin, stop) if x == begin or x >= PROMPT]:
         last = PROMPT if first < PROMPT else first + 1
         new = (ids * mask)[:, first:last]
-        logits.append(owner(new, past_key_values=cache, attention_mask=mask[:, :last]).logits)
+        logits.append(owner(new, cache=cache, attention_mask=mask[:, :last]).logits)
     return torch.cat(logits, 1).numpy()
 
 
@@ -211,7 +211,7 @@ def without_profile(owner: Any) -> NexusCache:
 def with_profile(owner: Any) -> NexusCache:
     """One row, after a prompt that was long enough to build the model's profile."""
     with torch.no_grad():
-        owner(prompt(500, seed=1), past_key_values=NexusCache(owner))
+        owner(prompt(500, seed=1), cache=NexusCache(owner))
     return NexusCache(owner, CompressionConfig(evict_ratio=0.3, key_bits=3, value_bits=3))
 
 

@@ -19,7 +19,7 @@ UNEVEN: dict[str, Any] = {"head_safeguard": 0.1, "evict_ratio": 0.6, "scorer": "
 
 @torch.no_grad()
 def feed(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    logits: Tensor = model(ids, past_key_values=cache, attention_mask=mask).logits
+    logits: Tensor = model(ids, cache=cache, attention_mask=mask).logits
     return logits
 
 

@@ -59,7 +59,7 @@ def case(kind: str) -> tuple[Any, StoreProfile]:
 def read(model: Any, prefix: Tensor, cache: Any = None) -> Any:
     """A cache that holds a prefix."""
     cache = plain_cache(model) if cache is None else cache
-    model(prefix, past_key_values=cache)
+    model(prefix, cache=cache)
     return cache
 
 
@@ -68,8 +68,7 @@ def divergence(model: Any, stock: Any, cache: Any, tokens: int = 16) -> float:
     """Mean KL of the next tokens, in nats. Neither cache is changed."""
     more = ids(tokens, seed=3)
     p, q = (
-        model(more, past_key_values=copy.deepcopy(x)).logits.float().log_softmax(-1)
-        for x in (stock, cache)
+        model(more, cache=copy.deepcopy(x)).logits.float().log_softmax(-1) for x in (stock, cache)
     )
     return float((p.exp() * (p - q)).sum(-1).mean())
 
@@ -77,7 +76,7 @@ def divergence(model: Any, stock: Any, cache: Any, tokens: int = 16) -> float:
 def go_on(model: Any, prefix: Tensor, cache: Any, new: int = 12) -> Tensor:
     """The sequence that greedy generation makes of a prefix and three tokens more."""
     asked = torch.cat([prefix, ids(3, seed=5)], 1)
-    found: Tensor = generate(model, asked, new, past_key_values=cache).sequences
+    found: Tensor = generate(model, asked, new, cache=cache).sequences
     return found
 
 

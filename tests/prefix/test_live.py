@@ -99,13 +99,12 @@ def test_generate_goes_on_from_it() -> None:
     model = tiny()
     ids, mask = left_padded([60, 41])
     cache = NexusCache(model)
-    first = generate(model, ids, 12, past_key_values=cache, attention_mask=mask)
+    first = generate(model, ids, 12, cache=cache, attention_mask=mask)
     again = sent(cache, model)
     turn = torch.cat([first.sequences, prompt(9, 2)], 1)
     seen = torch.cat([mask, mask.new_ones(2, 21)], 1)
     mine, theirs = (
-        generate(model, turn, 40, past_key_values=each, attention_mask=seen)
-        for each in (cache, again)
+        generate(model, turn, 40, cache=each, attention_mask=seen) for each in (cache, again)
     )
     assert torch.equal(mine.sequences, theirs.sequences)
     assert all(torch.equal(*pair) for pair in zip(mine.logits, theirs.logits, strict=True))
@@ -145,14 +144,14 @@ def test_the_cache_of_a_block() -> None:
     model = tiny()
     with nexusquant_evict(model, "balanced", recent=16):
         first = generate(model, prompt(60), 5)
-    cache = first.past_key_values
+    cache = first.cache
     again = loaded(packed(cache), model)
     assert isinstance(again, NexusCache)
     assert again.config == CompressionConfig.from_json(again.config.to_json())
     assert again.config.recent == 16
     with nexusquant_evict(model, "balanced", recent=16):
         turn = torch.cat([first.sequences, prompt(9)], 1)
-        mine, theirs = (generate(model, turn, 5, past_key_values=x) for x in (cache, again))
+        mine, theirs = (generate(model, turn, 5, cache=x) for x in (cache, again))
     assert torch.equal(mine.sequences, theirs.sequences)
 
 
@@ -247,7 +246,7 @@ def test_a_real_model(preset: str, tmp_path: Path) -> None:
     assert sizes["zstd"] < sizes["raw"] < 1.06 * cache.nbytes
     for start, stop in ((900, 901), (901, 902), (902, 960)):
         assert torch.equal(*(feed(model, x, ids[:, start:stop]) for x in (cache, again)))
-    mine, theirs = (generate(model, ids[:, :961], 40, past_key_values=x) for x in (cache, again))
+    mine, theirs = (generate(model, ids[:, :961], 40, cache=x) for x in (cache, again))
     assert torch.equal(mine.sequences, theirs.sequences)
     assert all(torch.equal(*pair) for pair in zip(mine.logits, theirs.logits, strict=True))
 

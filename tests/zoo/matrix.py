@@ -77,7 +77,7 @@ def measure(model_type: str) -> Row:
     row.same_tokens = torch.equal(mine.sequences, stock.sequences)
     row.finite = all(bool(x.isfinite().all()) for x in coded.logits)
     row.layers = [
-        layer if isinstance(layer, CompactLayer) else None for layer in coded.past_key_values.layers
+        layer if isinstance(layer, CompactLayer) else None for layer in coded.cache.layers
     ]
     ours = [layer for layer in row.layers if layer is not None and layer.tail is not None]
     tensors = [CompactLayer.tensors(layer) for layer in ours]

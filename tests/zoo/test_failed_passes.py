@@ -20,7 +20,7 @@ def prompt(tokens: int, seed: int = 1) -> torch.Tensor:
 
 @torch.no_grad()
 def feed(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=ids, past_key_values=cache).logits
+    logits: torch.Tensor = model(input_ids=ids, cache=cache).logits
     return logits
 
 

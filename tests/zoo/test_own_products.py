@@ -34,18 +34,18 @@ def test_eviction_equals_attention_with_a_mask_per_head(model_type: str) -> None
     whole = torch.cat([mask, mask.new_ones(2, 6)], 1)
     cache, stock_cache = NexusCache(model, HALF), DynamicCache(config=model.config)
     for each in (cache, stock_cache):
-        model(ids, attention_mask=mask, past_key_values=each)
+        model(ids, attention_mask=mask, cache=each)
     kept = {layer.layer_idx: kept_slots(layer, 64) for layer in cache.layers}
     assert all(not bool(k.all()) for k in kept.values())
-    plain = model(more, attention_mask=whole, past_key_values=copied(stock_cache)).logits
-    ours = model(more, attention_mask=whole, past_key_values=cache).logits
+    plain = model(more, attention_mask=whole, cache=copied(stock_cache)).logits
+    ours = model(more, attention_mask=whole, cache=cache).logits
     handles = [
         module.register_forward_pre_hook(hide(kept[layer_of(module)]), with_kwargs=True)
         for _, module in attention_modules(model)
         if all(layer_of(inner) is None for inner in module.children())
     ]
     assert len(handles) == len(kept)
-    stock = model(more, attention_mask=whole, past_key_values=stock_cache).logits
+    stock = model(more, attention_mask=whole, cache=stock_cache).logits
     for handle in handles:
         handle.remove()
     scale = max(1.0, float(stock.abs().max()))
@@ -101,8 +101,8 @@ def test_codes_take_what_they_take_elsewhere_and_serve_as_well(model_type: str) 
         for more in ({"codec": "exact"}, {"key_bits": 6, "value_bits": 6, "tiers": ()})
     )
     for cache in (exact, coded):
-        model(ids[:, :100], past_key_values=cache)
-        out = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(100, 120)]
+        model(ids[:, :100], cache=cache)
+        out = [model(ids[:, i : i + 1], cache=cache).logits for i in range(100, 120)]
         logits = torch.cat(out, 1)
         if cache is exact:
             stock = logits
@@ -116,8 +116,8 @@ def test_a_model_that_reads_its_values_keeps_all_tokens() -> None:
     ids, mask = left_padded([80, 50])
     cache = NexusCache(model, "max")
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
-        logits = model(ids[:, :1], past_key_values=cache).logits
+        model(ids, attention_mask=mask, cache=cache)
+        logits = model(ids[:, :1], cache=cache).logits
     assert logits.isfinite().all()
     assert all(layer.stored.count == 80 for layer in cache.layers)
 
@@ -127,7 +127,7 @@ def keys_of_a_llama(quality: str) -> Tensor:
     """Those of its first layer, behind a prompt."""
     model = build("llama")
     cache = NexusCache(model, quality)
-    model(left_padded([80])[0], past_key_values=cache)
+    model(left_padded([80])[0], cache=cache)
     return cache.layers[0].keys
 
 
@@ -146,7 +146,7 @@ def test_gradients_are_right_or_refused(model_type: str) -> None:
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
 
     def gradient(cache: Any) -> Tensor:
-        logits = model(inputs_embeds=embedded, past_key_values=cache).logits
+        logits = model(inputs_embeds=embedded, cache=cache).logits
         return torch.autograd.grad(logits.square().sum(), embedded)[0]
 
     cache = NexusCache(model, "max")
@@ -166,7 +166,7 @@ def test_inference_mode_and_no_grad_take_turns(model_type: str) -> None:
         cache = NexusCache(model, "balanced")
         for mode, tokens in zip((*modes, modes[0]), (ids[:, :60], ids[:, 60:61], ids), strict=True):
             with mode():
-                logits = model(tokens, past_key_values=cache).logits
+                logits = model(tokens, cache=cache).logits
         assert all(layer.reached and not layer.read for layer in cache.layers)
         results.append((logits, cache.nbytes))
     for logits, nbytes in results[1:]:
@@ -180,8 +180,8 @@ def test_padding_is_not_stored(model_type: str) -> None:
     model = build(model_type)
     ids, mask = left_padded([150, 50])
     both, alone = (NexusCache(model, "max", tiers=()) for _ in range(2))
-    model(input_ids=ids, attention_mask=mask, past_key_values=both)
-    model(input_ids=ids[1:, 100:], past_key_values=alone)
+    model(input_ids=ids, attention_mask=mask, cache=both)
+    model(input_ids=ids[1:, 100:], cache=alone)
     for layer, own in zip(both.layers, alone.layers, strict=True):
         heads = layer.tail.keys.shape[1]
         assert last_row(layer, heads) == last_row(own, heads)
@@ -212,5 +212,5 @@ def test_max_tokens_that_cannot_be_kept_is_said(model_type: str) -> None:
     ids, _ = left_padded([120])
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     assert any("max_tokens does not bound" in str(x.message) for x in given)

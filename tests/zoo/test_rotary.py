@@ -38,7 +38,7 @@ def test_keys_come_back_as_they_were(model_type: str, rotated: tuple[int, ...] |
     stock = DynamicCache(config=model.config.get_text_config(decoder=True))
     ids, mask = left_padded([44, 40])
     for each in (cache, stock):
-        model(input_ids=ids, attention_mask=mask, past_key_values=each)
+        model(input_ids=ids, attention_mask=mask, cache=each)
     attention = [i for i, x in enumerate(cache.layers) if getattr(x, "tail", None) is not None]
     found = tuple(i for i in attention if cache.layers[i].rope is not None)
     assert found == (tuple(attention) if rotated is None else rotated)

@@ -101,7 +101,7 @@ def cache_name(model: Any) -> str | None:
 
     None if it has none by a known name; `cache_obstacle` says why.
     """
-    kind = model if isinstance(model, type) else type(model)
+    kind: Any = model if isinstance(model, type) else type(model)
     return _cache_name(kind.forward)
 
 
