@@ -206,7 +206,7 @@ def test_a_registered_scorer_decides() -> None:
         ("mine", object(), "must be an object with a method score"),
         ("mine", "snapkv", "must be an object with a method score"),
     ],
-    ids=str,
+    ids=("empty", "number", "taken", "class", "object", "text"),
 )
 def test_what_cannot_be_registered(name: Any, scorer: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -152,7 +152,7 @@ def test_offloaded_cache_is_left_alone_with_one_warning(monkeypatch: pytest.Monk
     cache = DynamicCache(config=model.config)
     cache.offloading = True
     # Offloading itself wants a second device; what counts here is that nobody swaps the layers.
-    monkeypatch.setattr(cache, "update", lambda keys, values, *_: (keys, values))
+    monkeypatch.setattr(cache, "update", lambda keys, values, *_, **__: (keys, values))
     layers = list(cache.layers)
     with torch.no_grad(), nexusquant_evict(model):
         with pytest.warns(NexusQuantWarning, match="offloaded cache is left uncompressed"):

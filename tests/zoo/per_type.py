@@ -68,6 +68,12 @@ OWN: Final[dict[str, dict[str, Any]]] = {
         ],
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
     },
+    "dory": {
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+        "layer_types": MIXED,
+    },
     "dots3_note": {
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
@@ -98,6 +104,14 @@ OWN: Final[dict[str, dict[str, Any]]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "inkling_text": {"logits_mup_width_multiplier": 1.0},
+    "inkling2_text": {"unpadded_vocab_size": 128},
+    "inkling2_loop_text": {
+        "unpadded_vocab_size": 128,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_num_passes": 2,
+    },
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,

@@ -62,10 +62,12 @@ def doctor(
     json_file: Json = None,
 ) -> None:
     """Say what will be compressed of a model, from its config alone, and how far memory reaches."""
+    import transformers
     from rich.console import Console
 
     from nexusquant.cli.record import check_writable, write_json
     from nexusquant.hf.coverage import cover
+    from nexusquant.hf.transformers_private import TESTED
     from nexusquant.loading import load_config
     from nexusquant.progress import progress_steps, quiet_transformers
 
@@ -79,6 +81,7 @@ def doctor(
         console.print(line, markup=False, highlight=False)
     if not coverage.refused:
         console.print(_sizes(coverage, budget, memory))
+    console.print(f"transformers {transformers.__version__}; {TESTED}", highlight=False)
     if json_file is not None:
         write_json(json_file, {"model": model, "coverage": coverage})
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from nexusquant.versions import TRANSFORMERS
+
 
 def info() -> None:
     """Print versions, and the operators of every device."""
@@ -13,9 +15,10 @@ def info() -> None:
 
     from nexusquant.kernels import operator_for, operators
 
-    table = Table("package", "version")
+    tested = {"transformers": f"{TRANSFORMERS[0]} to {TRANSFORMERS[1]}"}
+    table = Table("package", "version", "tested with")
     for name in ("nexusquant", "torch", "transformers", "numba", "triton"):
-        table.add_row(name, _version(name))
+        table.add_row(name, _version(name), tested.get(name, ""))
     console = Console()
     console.print(table)
     table = Table("device", "operator", "in use", "why not")

@@ -23,6 +23,7 @@ from nexusquant.hf.transformers_private import (
     DynamicSlidingWindowLayer,
     cache_obstacle,
     supports_dynamic_cache,
+    up_to,
 )
 from nexusquant.math.e8 import GROUP
 
@@ -50,7 +51,7 @@ _TREATMENT: dict[str, tuple[str, str]] = {
     **dict.fromkeys(
         (
             "axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "dots3_note", "dots3_note_text",
-            "glm4_moe_lite", "kimi_linear", "longcat_flash", "minicpm3", "youtu",
+            "glm4_moe_lite", "kimi_linear", "longcat_flash", "minicpm3", "sarvam_mla", "youtu",
         ),
         (WHOLE, _LATENTS),
     ),
@@ -58,9 +59,12 @@ _TREATMENT: dict[str, tuple[str, str]] = {
     "doge": (KEPT, "the model computes its masks from all values"),
     "jetmoe": (WHOLE, "the model repeats keys and values for its experts"),
     "prophetnet": (WHOLE, "the model predicts several tokens from one set of keys"),
-    **dict.fromkeys(("inkling_text", "inkling2_text"), (EXACT, _BIAS)),
+    **dict.fromkeys(("inkling_text", "inkling2_text", "inkling2_loop_text"), (EXACT, _BIAS)),
 }  # fmt: skip
 """Model type to what becomes of its attention layers, where that is not "attention on codes"."""
+if not up_to("5.23.99"):  # which rewrote them
+    for _name in ("codegen", "gptj"):
+        del _TREATMENT[_name]
 
 _NOTES: dict[str, str] = {
     "DynamicIndexedLayer": "attention looks tokens up by index",
@@ -167,8 +171,8 @@ def cover(config: Any) -> Coverage:
     layers = tuple(
         LayerCoverage("cross", EXACT, "cross-attention")
         if i in crossed
-        else _layer(layer, config.model_type, text.model_type, own[i] if own else text)
-        for i, layer in enumerate(stock)
+        else _layer(stock[i], config.model_type, text.model_type, own[i] if own else text)
+        for i in (*range(len(stock)), *_looped(text))
     )
     return Coverage(config.model_type, layers, "", positions)
 
@@ -198,6 +202,23 @@ def cross_attention(config: Any) -> tuple[int, ...]:
     """Layers of the cache that are about something else than the text (Mllama)."""
     text = config.get_text_config(decoder=True)
     return tuple(getattr(text, "cross_attention_layers", None) or ())
+
+
+def _looped(config: Any) -> list[int]:
+    """Layers that a model goes through again (Dory, Inkling 2): it appends another of each to its
+    cache for every further loop, in this order."""
+    if getattr(config, "recurrent_kv_cache_mode", "") == "per_loop":
+        first, count, loops = (
+            config.n_input_layers,
+            config.n_recurrent_layers,
+            config.n_recurrent_loops,
+        )
+    elif hasattr(config, "loop_num_passes"):
+        first, loops = config.loop_layer_index_start, config.loop_num_passes
+        count = config.loop_layer_index_end - first
+    else:
+        return []
+    return [*range(first, first + count)] * (loops - 1)
 
 
 def _refusal(config: Any) -> str:

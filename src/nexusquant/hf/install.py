@@ -27,8 +27,8 @@ from nexusquant.hf.transformers_private import (
     attention_tables,
     forget_attention,
     implementation,
-    respell,
     set_implementation,
+    takes_every_name,
 )
 from nexusquant.hf.uncompiled import UncompiledForward, is_compiled
 
@@ -142,7 +142,7 @@ def _detached(fingerprint: str) -> Lease:
 def _hook_attention(model: nn.Module) -> list[Any]:
     within = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     handles: list[Any] = [
-        *(module.register_forward_pre_hook(respell, with_kwargs=True) for module in within),
+        *(takes_every_name(module) for module in within),
         model.register_forward_pre_hook(begin, with_kwargs=True),
         model.register_forward_hook(finish, with_kwargs=True, always_call=True),
         *prepare_generation(model),

@@ -10,6 +10,7 @@ from torch import nn
 
 from nexusquant.hf.transformers_private import (
     PREPARE_CACHE,
+    VALIDATE,
     GenerationMode,
     generate_cache_name,
     given_cache,
@@ -22,7 +23,7 @@ starters: list[Callable[[nn.Module, Any], None]] = []
 
 def prepare_generation(model: nn.Module) -> list[Any]:
     """Stand before a model's methods; each has a `remove`."""
-    known = {"generate": _Generate, PREPARE_CACHE: _Prepare}
+    known = {VALIDATE: _Validate, PREPARE_CACHE: _Prepare}
     return [
         stand(model, name)
         for name, stand in known.items()
@@ -53,11 +54,11 @@ class _Before:
         return getattr, (self._model(), self._name)
 
 
-class _Generate(_Before):
-    """Takes the cache by every name that transformers has ever given the argument."""
+class _Validate(_Before):
+    """Lets `generate` be given the cache by every name that transformers has had for it."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._own(*args, **renamed(kwargs, generate_cache_name()))
+    def __call__(self, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return self._own(renamed(model_kwargs, generate_cache_name()), *args, **kwargs)
 
 
 class _Prepare(_Before):
@@ -73,6 +74,10 @@ class _Prepare(_Before):
     ) -> Any:
         model = self._model()
         assert model is not None  # its own method is running
+        given = renamed(model_kwargs, generate_cache_name())
+        if given is not model_kwargs:  # `generate` goes on with this very dictionary
+            model_kwargs.clear()
+            model_kwargs.update(given)
         result = self._own(generation_config, model_kwargs, *args, **kwargs)
         cache = given_cache(model_kwargs)
         if cache is not None:

@@ -78,6 +78,7 @@ def uses_rotary(module: nn.Module) -> bool:
 
 # -- where rotary rows come from
 
+# Their rows are (sin, cos). Before transformers 5.24 attention modules have the table themselves.
 _SINUSOIDS = ("modeling_gptj", "modeling_codegen")
 _OWN_EMBEDDING = ("modeling_moshi", "modeling_recurrent_gemma")
 
@@ -90,7 +91,8 @@ def rotary_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> RotaryC
     if isinstance(rows, (tuple, list)) and len(rows) > 1 and torch.is_tensor(rows[0]):
         if not uses_rotary(module):
             return None
-        return RotaryCall(rows[0], rows[1], positions, rows[-1] if len(rows) == 3 else rows[0])
+        cos, sin = rows[:2] if file_of(module) not in _SINUSOIDS else (rows[1], rows[0])
+        return RotaryCall(cos, sin, positions, rows[-1] if len(rows) == 3 else rows[0])
     return _own_rows(module, args, kwargs, positions) if torch.is_tensor(positions) else None
 
 

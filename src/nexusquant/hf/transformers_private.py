@@ -68,6 +68,16 @@ __all__ = [
     "GenerationMode",
 ]
 
+
+def up_to(version: str) -> bool:
+    """Whether the installed transformers is of this release or of an earlier one."""
+
+    def numbers(text: str) -> tuple[int, ...]:  # "5.24.0.dev0" is (5, 24, 0)
+        return tuple(int(x) for x in text.split("+")[0].split(".") if x.isdigit())
+
+    return numbers(transformers.__version__) <= numbers(version)
+
+
 # -- layers of a cache
 
 # Early 5.x has no such layers: its models keep their states in caches of their own.
@@ -109,8 +119,7 @@ def cache_obstacle(kind: type[Any]) -> str:
     """Why a class of models can be given no cache, in words behind its name; "" if it can."""
     if cache_name(kind) is not None:
         return ""
-    newer = _numbers(transformers.__version__) > _numbers(TRANSFORMERS[1])
-    if newer or _cache_name(transformers.LlamaForCausalLM.forward) is None:
+    if not up_to(TRANSFORMERS[1]) or _cache_name(transformers.LlamaForCausalLM.forward) is None:
         return (
             f"takes its cache by a name that nexusquant does not know: forward of transformers"
             f" {transformers.__version__} has neither {' nor '.join(map(repr, CACHE_NAMES))}."
@@ -155,10 +164,19 @@ def renamed(kwargs: dict[str, Any], name: str | None) -> dict[str, Any]:
     return {name if key in foreign else key: value for key, value in kwargs.items()}
 
 
-def respell(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook: a model takes its cache by every name that transformers has given it."""
-    given = renamed(kwargs, cache_name(model))
-    return None if given is kwargs else (args, given)
+def takes_every_name(model: nn.Module) -> Any:
+    """Hook a model so that it takes its cache by every name that transformers has given it.
+
+    Returns:
+        The handle of the hook, which torch.compile traces: it breaks no graph.
+    """
+    name = cache_name(model)
+
+    def rename(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        given = renamed(kwargs, name)
+        return None if given is kwargs else (args, given)
+
+    return model.register_forward_pre_hook(rename, with_kwargs=True)
 
 
 def generate_cache_name() -> str:
@@ -168,6 +186,8 @@ def generate_cache_name() -> str:
 
 # -- how `generate` begins
 
+VALIDATE = "_validate_model_kwargs"
+"""Method of models that `generate` looks for misspelt arguments with: (copy of model_kwargs)."""
 PREPARE_CACHE = "_prepare_cache_for_generation"
 """Method of models that `generate` makes its cache with: (generation_config, model_kwargs, ...)."""
 
@@ -247,7 +267,7 @@ NEEDS = (
     Need(
         "AttentionInterface._global_mapping",
         "attention is routed to compressed caches",
-        lambda: isinstance(getattr(AttentionInterface, "_global_mapping", None), dict),
+        lambda: "sdpa" in getattr(AttentionInterface, "_global_mapping", ()),
     ),
     Need(
         f"PreTrainedConfig.{_IMPLEMENTATION_HELD}",
@@ -264,6 +284,12 @@ NEEDS = (
         f"GenerationMixin.{PREPARE_CACHE}",
         "generate with drafts (prompt lookup, assistants) can take tokens back",
         lambda: hasattr(GenerationMixin, PREPARE_CACHE),
+        essential=False,
+    ),
+    Need(
+        f"GenerationMixin.{VALIDATE}",
+        f"generate takes the cache by the names {' and '.join(CACHE_NAMES)}",
+        lambda: hasattr(GenerationMixin, VALIDATE),
         essential=False,
     ),
     Need(
@@ -295,8 +321,3 @@ def check_transformers() -> None:
         if need.essential:
             raise UnsupportedError(f"{text}. {_ADVICE}")
         warnings.warn(f"{text}; the rest works as before. {_ADVICE}", NexusQuantWarning, 2)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The release of a version: "5.24.0.dev0" is (5, 24, 0)."""
-    return tuple(int(x) for x in version.split("+")[0].split(".") if x.isdigit())

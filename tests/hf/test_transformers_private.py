@@ -1,0 +1,251 @@
+"""What we need of transformers is there; what is missing or renamed is said by name and version."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+
+import nexusquant
+from nexusquant import CompressionConfig, NexusCache, UnsupportedError, nexusquant_evict
+from nexusquant.hf import transformers_private as private
+from nexusquant.hf.coverage import cover
+from nexusquant.hf.notices import NexusQuantWarning
+from nexusquant.versions import TRANSFORMERS
+from tests.hf.models import prompt, tiny
+
+PACKAGE = Path(nexusquant.__file__).parent
+ROOT = Path(__file__).parents[2]
+NEWER = "99.1.0"
+EXACT = CompressionConfig(codec="exact")
+NAMES = pytest.mark.parametrize("name", private.CACHE_NAMES)
+
+
+@pytest.fixture(autouse=True)
+def unchecked() -> Any:
+    """Whatever a test hides, the next one looks anew."""
+    yield
+    private.check_transformers.cache_clear()
+    private._cache_name.cache_clear()
+
+
+@pytest.fixture
+def newer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", NEWER)
+    private.check_transformers.cache_clear()
+
+
+# -- what is there
+
+
+@pytest.mark.parametrize("need", private.NEEDS, ids=lambda need: need.name.split()[0])
+def test_everything_needed_is_there(need: private.Need) -> None:
+    assert need.there()
+
+
+@pytest.mark.parametrize("name", private.__all__)
+def test_every_name_exists(name: str) -> None:
+    assert getattr(private, name) is not None or name.startswith("STOCK_")
+
+
+def test_the_implementation_of_one_config_changes_alone() -> None:
+    config = transformers.Gemma3Config()
+    config._attn_implementation = "sdpa"
+    private.set_implementation(config, "mine")
+    assert private.implementation(config) == "mine"
+    assert private.implementation(config.text_config) == "sdpa"
+
+
+def test_attention_is_looked_up_in_these_tables() -> None:
+    found = private.attention_tables()
+    assert any("sdpa" in table for table in found)
+    before = found[-1]["sdpa"]
+    found[-1]["sdpa"] = test_attention_is_looked_up_in_these_tables
+    try:
+        given = private.ALL_ATTENTION_FUNCTIONS["sdpa"]
+        assert given is test_attention_is_looked_up_in_these_tables or "sdpa" in found[0]
+    finally:
+        found[-1]["sdpa"] = before
+
+
+def test_only_one_module_knows_what_may_move() -> None:
+    """Names of transformers' modules and underscored attributes of its objects."""
+    hidden = {private.IMPLEMENTATION, private._IMPLEMENTATION_HELD}
+    hidden |= {private.PREPARE_CACHE, private.VALIDATE}
+    hidden |= {"_local_mapping", "_global_mapping", "_supports_default_dynamic_cache"}
+    for path in PACKAGE.rglob("*.py"):
+        if path == Path(private.__file__):
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
+                assert node.module == "transformers.utils", f"{path}:{node.lineno}"
+                assert [x.name for x in node.names] == ["logging"], f"{path}:{node.lineno}"
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in hidden, f"{path}:{node.lineno}"
+            if isinstance(node, ast.Constant):
+                assert node.value not in hidden, f"{path}:{node.lineno}"
+
+
+# -- one range of versions
+
+
+def test_the_tested_range_is_said_alike_everywhere() -> None:
+    oldest, newest = TRANSFORMERS
+    assert f"transformers>={oldest.removesuffix('.0')}" in (ROOT / "pyproject.toml").read_text()
+    assert f"transformers=={newest}" in (ROOT / "requirements" / "dev.txt").read_text()
+    assert f"transformers {oldest} to {newest}" in (ROOT / "README.md").read_text("utf-8")
+    assert f"{oldest} to {newest}" in private.TESTED
+
+
+# -- the cache by both names, whatever the version calls it
+
+
+@NAMES
+def test_forward_and_generate_take_the_cache_by_either_name(name: str) -> None:
+    model, ids = tiny(eos_token_id=95), prompt(100)
+    stock = model.generate(ids, max_new_tokens=4, do_sample=False)
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`past_key_values` is dep", FutureWarning)  # from 5.24 on
+        ours = model.generate(ids, **{name: NexusCache(model, EXACT)}, **settings)
+        assert torch.equal(ours, stock)
+        cache = NexusCache(model, EXACT)
+        assert torch.equal(model.generate(ids, **{name: cache}, **settings), stock)
+        assert cache.get_seq_length() == 103
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache = NexusCache(model, EXACT)
+        model(ids, **{name: cache})
+        model.model(ids[:, :1], **{name: cache})
+        assert cache.get_seq_length() == 101
+    del cache
+    assert not {private.VALIDATE, private.PREPARE_CACHE} & set(vars(model))
+    assert not model.model._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is dep:FutureWarning")
+@NAMES
+def test_prompt_lookup_takes_tokens_back(name: str) -> None:
+    model, ids = tiny(eos_token_id=95), prompt(100).repeat(1, 2)
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    stock = model.generate(ids, **settings)
+    for codec in ("exact", "e8"):
+        cache = NexusCache(model, "high", codec=codec)
+        ours = model.generate(ids, **{name: cache}, prompt_lookup_num_tokens=3, **settings)
+        assert cache.get_seq_length() == ours.shape[1] - 1
+        assert codec == "e8" or torch.equal(ours, stock)
+
+
+@NAMES
+def test_a_block_takes_the_cache_by_either_name(name: str) -> None:
+    model, ids = tiny(), prompt(100)
+    with nexusquant_evict(model, quality="high") as run:
+        cache = transformers.DynamicCache(config=model.config)
+        model(ids, **{name: cache})
+        assert run.stats.compressed_layers == 3
+
+
+def test_both_names_at_once_are_left_to_transformers() -> None:
+    given = {"cache": 1, "past_key_values": 2}
+    assert private.renamed(given, "cache") is given
+
+
+@pytest.mark.parametrize(
+    ("parameters", "name"),
+    [("cache=None", "cache"), ("past_key_values=None", "past_key_values"), ("mems=None", None)],
+)
+def test_the_name_is_told_from_the_signature(parameters: str, name: str | None) -> None:
+    made: dict[str, Any] = {}
+    exec(f"def forward(self, input_ids=None, {parameters}, **kwargs): pass", made)
+    kind = type("Model", (), {"forward": made["forward"]})
+    assert private.cache_name(kind) == name
+    assert bool(private.cache_obstacle(kind)) == (name is None)
+
+
+# -- what a newer transformers may do to us
+
+
+def renamed_once_more(self: Any, input_ids: Any = None, kv_store: Any = None, **kwargs: Any) -> Any:
+    raise AssertionError("is not run")
+
+
+def test_an_argument_renamed_once_more_is_said_by_name(
+    newer: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny()
+    monkeypatch.setattr(LlamaForCausalLM, "forward", renamed_once_more)
+    for use in (NexusCache, lambda model: nexusquant_evict(model).__enter__()):
+        with pytest.raises(UnsupportedError, match=f"{NEWER} has neither 'cache'") as said:
+            use(model)
+        assert "nothing to compress" not in str(said.value)
+        assert f"tested with {TRANSFORMERS[0]} to {TRANSFORMERS[1]}" in str(said.value)
+    assert "does not know" in cover(model.config).refused
+
+
+def test_a_renamed_argument_is_seen_in_any_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "forward", renamed_once_more)
+    with pytest.raises(UnsupportedError, match="by a name that nexusquant does not know"):
+        NexusCache(tiny())
+
+
+def test_a_model_without_a_cache_is_not_blamed_on_the_version() -> None:
+    class Plain(PreTrainedModel):
+        def forward(self, input_ids: Any = None) -> Any: ...
+
+    assert private.cache_obstacle(Plain) == "keeps no key-value cache"
+
+
+def test_a_newer_version_with_everything_works_without_a_word(newer: None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert NexusCache(tiny()) is not None
+
+
+def test_a_missing_convenience_is_one_warning(newer: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(transformers.GenerationMixin, private.PREPARE_CACHE)
+    model, ids = tiny(), prompt(60)
+    with pytest.warns(NexusQuantWarning, match=f"{NEWER} has no GenerationMixin") as said:
+        private.check_transformers()
+    cache = NexusCache(model, quality="high")
+    assert len(said) == 1
+    assert "drafts" in str(said[0].message)
+    model(ids, cache=cache)
+    assert cache.stats().compressed_layers == 3
+
+
+def test_something_essential_missing_is_an_error(
+    newer: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny()
+    monkeypatch.delattr(transformers.AttentionInterface, "_global_mapping")
+    private.check_transformers.cache_clear()
+    with pytest.raises(UnsupportedError, match=rf"{NEWER} has no AttentionInterface\._global"):
+        NexusCache(model)
+
+
+def test_a_new_duty_of_cache_layers_is_an_error(
+    newer: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    duties = private.CacheLayerMixin.__abstractmethods__ | {"get_block_table"}
+    monkeypatch.setattr(private.CacheLayerMixin, "__abstractmethods__", duties)
+    with pytest.raises(UnsupportedError, match="has no CacheLayerMixin with nothing to be defined"):
+        NexusCache(tiny())
+
+
+def test_a_private_name_that_moved_is_said_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a program would meet it: the import ends in our error, with the name and the version."""
+    source = Path(private.__file__).read_text("utf-8")
+    monkeypatch.setattr(transformers, "__version__", NEWER)
+    monkeypatch.delattr(transformers.cache_utils, "CacheLayerMixin")
+    with pytest.raises(UnsupportedError, match=rf"{NEWER} has moved .*CacheLayerMixin.* is tested"):
+        exec(compile(source, "transformers_private.py", "exec"), {"__name__": "moved"})
+
+
+def test_configs_have_what_eager_models_need() -> None:
+    assert hasattr(PreTrainedConfig(), private._IMPLEMENTATION_HELD)
