@@ -34,6 +34,7 @@ _NOTHING = Warmth((), 0, 0.0, None)
 
 def warm_up(
     groups: Iterable[int] | None = None,
+    storage: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Warmth:
     """Compile the CPU's kernels, or load them if they were: no generation waits for it later.
@@ -43,8 +44,10 @@ def warm_up(
     the shapes of each first call.
 
     Args:
-        groups: query heads per KV head, of every kind of layer: what decoding one token at a time
-            needs. None: everything, also for several tokens at a time and for stored prefixes.
+        groups: query heads per KV head, of every kind of layer: what a prompt and decoding one
+            token at a time need. None: for any model, and a few tokens at a time (drafts, short
+            turns).
+        storage: also those of stored prefixes.
         progress: called before each kernel that is compiled with how many are done, how many there
             are to compile, and its name. Not called if all are kept on disk.
 
@@ -55,14 +58,14 @@ def warm_up(
         ()
     """
     module = _module()
-    made: Warmth = _NOTHING if module is None else module.warm_up(groups, progress)
+    made: Warmth = _NOTHING if module is None else module.warm_up(groups, storage, progress)
     return made
 
 
-def state(groups: Iterable[int] | None = None) -> Warmth:
+def state(groups: Iterable[int] | None = None, storage: bool = False) -> Warmth:
     """What `warm_up` would compile, and where kernels are kept; compiles nothing."""
     module = _module()
-    found: Warmth = _NOTHING if module is None else module.state(groups)
+    found: Warmth = _NOTHING if module is None else module.state(groups, storage)
     return found
 
 

@@ -49,6 +49,11 @@ More are better served by decoding blocks once and multiplying matrices."""
 _LINE = 8 * at.FIELDS
 
 
+def filled(rows: int) -> int | None:
+    """How many `rows` queries are filled up to; None: they are too many."""
+    return next((n for n in ROWS if n >= rows), None)
+
+
 def _prepare(arguments, row):
     """Of one KV head: where its tokens are, its queries' basis, and attention to uncoded tokens."""
     call, bias, key = at.read_call(arguments), at.read_bias(arguments), at.read_key(arguments)

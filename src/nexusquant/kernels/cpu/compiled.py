@@ -52,7 +52,7 @@ class Kernel:
     def compiled(self) -> Any:
         """Numba's result. The first access compiles, or reads what was kept."""
         with _lock:
-            if not self.dispatcher.overloads and self.kept.read() is None:
+            if not self.there:
                 tell(self.name)
             return self.make()
 
@@ -62,9 +62,9 @@ class Kernel:
         return self.dispatcher.overloads[tuple(self.signature.args)]
 
     @property
-    def loaded(self) -> bool:
-        """Whether this process has it."""
-        return bool(self.dispatcher.overloads)
+    def there(self) -> bool:
+        """Whether this process or the disk has it."""
+        return bool(self.dispatcher.overloads) or self.kept.read() is not None
 
     def __call__(self, *arguments: Any) -> Any:
         """Run it, with arguments that fit its signature."""

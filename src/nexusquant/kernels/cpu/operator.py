@@ -23,7 +23,6 @@ from nexusquant.kernels.base import Coded, Entry, Partial, Request, exact, is_co
 from nexusquant.kernels.cpu import arguments as at
 from nexusquant.kernels.cpu import attend
 from nexusquant.kernels.cpu.arguments import Call, Coding, Side
-from nexusquant.kernels.cpu.attend import ROWS
 from nexusquant.kernels.cpu.compiled import Task
 from nexusquant.kernels.cpu.describe import (
     DTYPES,
@@ -172,7 +171,8 @@ def _attend(request: Request) -> Partial | None:
     batch, heads, q_len, dim = request.query.shape
     kv_heads = request.kv_heads
     rows = heads // kv_heads * q_len
-    if rows > ROWS[-1] or dim > _MAX_DIM:
+    held = attend.filled(rows)
+    if held is None or dim > _MAX_DIM:
         return None
     if any(x.dtype not in DTYPES for part in uncoded for x in (part.keys, part.values)):
         return None
@@ -182,7 +182,6 @@ def _attend(request: Request) -> Partial | None:
     if pages is None or plan is None or pages.slots < slots:
         return None
     keep: list[Any] = []  # alive until the kernel returns
-    held = next(n for n in ROWS if n >= rows)
     query = (request.query.float() * request.scaling).reshape(batch, kv_heads, rows, dim)
     query = pad(query, (0, 0, 0, held - rows)) if held > rows else query.contiguous()
     sinks = None if request.sink_logits is None else request.sink_logits.float().contiguous()

@@ -11,32 +11,32 @@ from nexusquant.kernels.cpu.kept import folder
 from nexusquant.kernels.cpu.run import run
 from nexusquant.kernels.warmup import Warmth
 
-STORAGE = lattice.quantize, lattice.reconstruct, symbols.order, symbols.number_keys
+_STORAGE = lattice.quantize, lattice.reconstruct, symbols.order, symbols.number_keys
 
 
-def needed(groups: Iterable[int] | None) -> list[Kernel]:
-    """Kernels of a generation with these numbers of query heads per KV head; None: all."""
-    coding = [run, encode.encode, encode.decode, attend.prepare, attend.merge]
-    if groups is None:
-        return [*coding, *attend.splits.values(), *STORAGE]
-    rows = {next((n for n in attend.ROWS if n >= group), None) for group in groups}
-    return [*coding, *(attend.splits[n] for n in sorted(n for n in rows if n is not None))]
+def needed(groups: Iterable[int] | None, storage: bool) -> list[Kernel]:
+    """Kernels for these numbers of query heads per KV head; None: for any."""
+    kernels: list[Kernel] = [run, encode.encode, encode.decode, attend.prepare, attend.merge]
+    rows = attend.ROWS if groups is None else {attend.filled(group) for group in groups}
+    kernels += [attend.splits[n] for n in sorted(n for n in rows if n is not None)]
+    return [*kernels, *(_STORAGE if storage else ())]
 
 
-def state(groups: Iterable[int] | None = None) -> Warmth:
+def state(groups: Iterable[int] | None, storage: bool) -> Warmth:
     """What is there and what is not; compiles nothing."""
-    kernels = needed(groups)
-    missing = [one.name for one in kernels if not one.loaded and one.kept.read() is None]
-    where = folder()
-    return Warmth(tuple(missing), len(kernels), 0.0, None if where is None else str(where))
+    kernels = needed(groups, storage)
+    missing = [one.name for one in kernels if not one.there]
+    return Warmth(tuple(missing), len(kernels), 0.0, _folder())
 
 
 def warm_up(
-    groups: Iterable[int] | None, progress: Callable[[int, int, str], None] | None
+    groups: Iterable[int] | None,
+    storage: bool,
+    progress: Callable[[int, int, str], None] | None,
 ) -> Warmth:
     """Compile what is not kept, load the rest."""
-    start, kernels = time.perf_counter(), needed(groups)
-    missing = [one for one in kernels if not one.loaded and one.kept.read() is None]
+    start, kernels = time.perf_counter(), needed(groups, storage)
+    missing = [one for one in kernels if not one.there]
     for done, one in enumerate(missing):
         if progress is not None:
             progress(done, len(missing), one.name)
@@ -44,8 +44,9 @@ def warm_up(
     seconds = time.perf_counter() - start if missing else 0.0
     for one in kernels:
         one.make()
+    return Warmth(tuple(one.name for one in missing), len(kernels), seconds, _folder())
+
+
+def _folder() -> str | None:
     where = folder()
-    return Warmth(
-        tuple(one.name for one in missing), len(kernels), seconds,
-        None if where is None else str(where),
-    )  # fmt: skip
+    return None if where is None else str(where)
