@@ -34,12 +34,13 @@ from nexusquant.attention import attend
 from nexusquant.demo import calibration_text, demo_text
 from nexusquant.frame import KeyFrame
 from nexusquant.kernels import operator_for
+from nexusquant.kernels.warmup import warm_up
 from nexusquant.layout import RowLayout
 from nexusquant.loading import demo_model, load_model
 from nexusquant.mask import Mask
 from nexusquant.math.e8 import GROUP, Book
 from nexusquant.math.rope import RopeTable, Span
-from nexusquant.progress import progress_steps, quiet_transformers
+from nexusquant.progress import compile_kernels, kernel_report, progress_steps, quiet_transformers
 from nexusquant.quantizer import Centre, Orthonormal, Quantizer
 from nexusquant.slots import Slots
 from nexusquant.tokens import CodedTokens
@@ -72,6 +73,7 @@ def model(
         folder = demo_model(progress.step) if name == "demo" else name
         progress.step(f"Loading {name}")
         loaded, tokenizer = load_model(folder, dtype, device)
+        compile_kernels(progress, loaded)
         text = demo_text() + calibration_text()
         ids = tokenizer(text, return_tensors="pt").input_ids.to(loaded.device)
         for length in context or (1024, 4096):
@@ -81,7 +83,7 @@ def model(
             }
             for preset in quality or ("high", "balanced"):
                 caches[preset] = lambda preset=preset: NexusCache(loaded, preset)
-                loaded(ids[:, :1024], past_key_values=caches[preset]())  # profile and kernels
+                loaded(ids[:, :1024], past_key_values=caches[preset]())  # the profile
             found: dict[str, list[tuple[float, list[float]]]] = {kind: [] for kind in caches}
             for turn, (kind, make) in itertools.product(range(repeat), caches.items()):
                 progress.step(f"{length:,} tokens, {kind}, {turn + 1}/{repeat}")
@@ -149,6 +151,7 @@ def kernels(
     contexts = context or [1024, 2048, 4096, 8192, 16384, 32768]
     rows: list[dict[str, Any]] = []
     with progress_steps() as progress:
+        warm_up([group], progress=kernel_report(progress))
         for length in contexts:
             progress.step(f"{length:,} tokens")
             rows += _kernel_rows(length, heads, group, dim, repeat)
