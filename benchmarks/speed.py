@@ -74,10 +74,9 @@ def model(
         progress.step(f"Loading {name}")
         loaded, tokenizer = load_model(folder, dtype, device)
         compile_kernels(progress, loaded)
-        text = demo_text() + calibration_text()
-        ids = tokenizer(text, return_tensors="pt").input_ids.to(loaded.device)
+        ids = tokenizer(demo_text() + calibration_text(), return_tensors="pt").input_ids
         for length in context or (1024, 4096):
-            ids = ids.repeat(1, -(-(length + 2 * STEPS + 2) // ids.shape[1]))
+            ids = ids.to(loaded.device).repeat(1, -(-(length + 2 * STEPS + 2) // ids.shape[1]))
             caches: dict[str, Callable[[], Any]] = {
                 "uncompressed": lambda: DynamicCache(config=loaded.config)
             }
@@ -148,8 +147,7 @@ def kernels(
     plot: Plot = None,
 ) -> None:
     """Attention on codes against SDPA, encoding and decoding against memcpy, on random tensors."""
-    contexts = context or [1024, 2048, 4096, 8192, 16384, 32768]
-    rows: list[dict[str, Any]] = []
+    contexts, rows = context or [1024, 2048, 4096, 8192, 16384, 32768], []
     with progress_steps() as progress:
         warm_up([group], progress=kernel_report(progress))
         for length in contexts:
