@@ -41,7 +41,7 @@ from nexusquant.kernels.cpu.tables import (
     code_tables,
     coded_width,
     gain_table,
-    group_table,
+    lookups,
 )
 from nexusquant.kernels.plans import Plans, one_space
 from nexusquant.kernels.reference import Reference, too_large
@@ -91,14 +91,13 @@ def _code(
 ) -> int:
     """Encode or decode y (batch, heads, dim, tokens). Returns how many vectors have no gain."""
     batch, heads, dim, tokens = y.shape
-    codes, groups, runs = code_tables(book), group_table(layout), -(-tokens // RUN)
+    tables, runs = lookups(layout, book), -(-tokens // RUN)
     tasks = batch * heads * runs
     bad = array("i", bytes(4 * tasks))
     call = Coding(
-        codes.ctypes.data, gain_table().ctypes.data, _LIMIT, groups.ctypes.data,
-        layout.groups + 1, heads, dim, tokens, runs, y.data_ptr(), rows.data_ptr(),
-        rows.stride(0), rows.stride(1), gains.data_ptr(), gains.stride(0), gains.stride(1),
-        bad.buffer_info()[0],
+        tables.codes, tables.gains, _LIMIT, tables.groups, layout.groups + 1, heads, dim,
+        tokens, runs, y.data_ptr(), rows.data_ptr(), rows.stride(0), rows.stride(1),
+        gains.data_ptr(), gains.stride(0), gains.stride(1), bad.buffer_info()[0],
     )  # fmt: skip
     _run(call, (kernel, tasks))
     return sum(bad)
