@@ -33,7 +33,7 @@ from nexusquant import __version__
 from nexusquant.demo import calibration_text, demo_text
 from nexusquant.errors import NexusQuantError
 from nexusquant.loading import demo_model, load_model
-from nexusquant.progress import Steps, progress_steps, quiet_transformers
+from nexusquant.progress import Steps, compile_kernels, progress_steps, quiet_transformers
 
 PACKAGES = ("torch", "transformers", "optimum-quanto", "hqq", "matplotlib")
 
@@ -108,6 +108,7 @@ def run(
     folder = demo_model(progress.step) if model_name == "demo" else model_name
     progress.step(f"Loading {model_name}")
     model, tokenizer = load_model(folder, dtype, device)
+    compile_kernels(progress, model)
     texts = _texts(tokenizer, text_files, prefix, continuation)
     package = Package(original) if original else None
     profiles = Profiles(model, tokenizer, _calibration_texts(calibration_files), progress.step)

@@ -35,12 +35,13 @@ from nexusquant.demo import calibration_text, demo_text
 from nexusquant.frame import KeyFrame
 from nexusquant.hf.transformers_private import cache_argument
 from nexusquant.kernels import operator_for
+from nexusquant.kernels.warmup import warm_up
 from nexusquant.layout import RowLayout
 from nexusquant.loading import demo_model, load_model
 from nexusquant.mask import Mask
 from nexusquant.math.e8 import GROUP, Book
 from nexusquant.math.rope import RopeTable, Span
-from nexusquant.progress import progress_steps, quiet_transformers
+from nexusquant.progress import compile_kernels, kernel_report, progress_steps, quiet_transformers
 from nexusquant.quantizer import Centre, Orthonormal, Quantizer
 from nexusquant.slots import Slots
 from nexusquant.tokens import CodedTokens
@@ -73,17 +74,17 @@ def model(
         folder = demo_model(progress.step) if name == "demo" else name
         progress.step(f"Loading {name}")
         loaded, tokenizer = load_model(folder, dtype, device)
-        text = demo_text() + calibration_text()
-        ids = tokenizer(text, return_tensors="pt").input_ids.to(loaded.device)
+        compile_kernels(progress, loaded)
+        ids = tokenizer(demo_text() + calibration_text(), return_tensors="pt").input_ids
         for length in context or (1024, 4096):
-            ids = ids.repeat(1, -(-(length + 2 * STEPS + 2) // ids.shape[1]))
+            ids = ids.to(loaded.device).repeat(1, -(-(length + 2 * STEPS + 2) // ids.shape[1]))
             caches: dict[str, Callable[[], Any]] = {
                 "uncompressed": lambda: DynamicCache(config=loaded.config)
             }
             for preset in quality or ("high", "balanced"):
                 caches[preset] = lambda preset=preset: NexusCache(loaded, preset)
                 first = cache_argument(loaded, caches[preset]())
-                loaded(ids[:, :1024], **first)  # profile and kernels
+                loaded(ids[:, :1024], **first)  # the profile
             found: dict[str, list[tuple[float, list[float]]]] = {kind: [] for kind in caches}
             for turn, (kind, make) in itertools.product(range(repeat), caches.items()):
                 progress.step(f"{length:,} tokens, {kind}, {turn + 1}/{repeat}")
@@ -148,9 +149,9 @@ def kernels(
     plot: Plot = None,
 ) -> None:
     """Attention on codes against SDPA, encoding and decoding against memcpy, on random tensors."""
-    contexts = context or [1024, 2048, 4096, 8192, 16384, 32768]
-    rows: list[dict[str, Any]] = []
+    contexts, rows = context or [1024, 2048, 4096, 8192, 16384, 32768], []
     with progress_steps() as progress:
+        warm_up([group], progress=kernel_report(progress))
         for length in contexts:
             progress.step(f"{length:,} tokens")
             rows += _kernel_rows(length, heads, group, dim, repeat)

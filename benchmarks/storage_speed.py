@@ -32,9 +32,11 @@ from nexusquant.entropy.layer import PAGE, LayerCode
 from nexusquant.entropy.profile import OCTAVE, QueryMoments, StoreProfile
 from nexusquant.hf.transformers_private import cache_argument
 from nexusquant.kernels import operator_for
+from nexusquant.kernels.warmup import warm_up
 from nexusquant.loading import load_model
 from nexusquant.math.e8 import GROUP
 from nexusquant.profile import LayerProfile, Side
+from nexusquant.progress import kernel_report, progress_steps
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_show_locals=False)
 _FLOOR = 1e-3
@@ -69,6 +71,8 @@ def main(
 ) -> None:
     """Time of encoding and decoding at some rates."""
     torch.set_num_threads(1)
+    with progress_steps() as progress:
+        warm_up([], storage=True, progress=kernel_report(progress))
     with torch.inference_mode():
         if model:
             known, samples = _of_model(model, tokens, layers)
@@ -101,7 +105,7 @@ def _measured(way: Way, samples: list[Sample], repeat: int) -> dict[str, Any]:
         middle = time.process_time()
         for index, (data, sample) in enumerate(zip(coded, samples, strict=True)):
             way.decode(index, data, sample)
-        if run:  # the first one compiles
+        if run:  # the first one makes tables
             times["encode"].append(middle - start)
             times["decode"].append(time.process_time() - middle)
     elements = sum(x.key.numel() + x.value.numel() for x in samples)

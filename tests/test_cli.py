@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,12 @@ from nexusquant import PRESETS, CompressionConfig, NexusCache, load_profile, loa
 from nexusquant.cli import app
 from nexusquant.cli.common import parse_settings
 from nexusquant.errors import ConfigError
+from nexusquant.kernels import use_operator
 from nexusquant.statistics import MIN_TOKENS
+from tests.kernel_cases import FAST
 
 EXACT = ("--set", "codec=exact", "--set", "evict_ratio=0")
+needs_numba = pytest.mark.skipif("numba" not in FAST, reason="needs Numba, an optional extra")
 STORY = "the lazy dog packs my box with five dozen liquor jugs. " * 8
 
 
@@ -55,6 +59,48 @@ def test_help_and_version_do_not_load_torch() -> None:
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_numba
+def test_warmup_compiles_once_what_a_model_needs(folder: Path) -> None:
+    from nexusquant.kernels.cpu.kept import folder as kept_in
+
+    assert run("warmup", folder)[0] == 0
+    status, out, _ = run("warmup", folder)
+    assert status == 0
+    assert out == f"all 6 kernels are there\nkept in {kept_in()}\n"
+    status, out, _ = run("info")
+    assert status == 0
+    assert re.search(r"compiled kernels: \d+ of 15, in", out)
+    assert str(kept_in()) in out
+
+
+def test_warmup_of_a_model_that_is_not_there(tmp_path: Path) -> None:
+    status, out, err = run("warmup", tmp_path / "nowhere")
+    assert status == 2
+    assert out == ""
+    assert "nowhere" in err
+
+
+def test_warmup_without_numba() -> None:
+    before = use_operator("reference")
+    try:
+        assert "nothing to compile" in run("warmup")[1]
+        assert "compiled kernels" not in run("info")[1]
+    finally:
+        use_operator(before)
+
+
+def test_the_line_about_compiling(
+    folder: Path, story: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On stderr, where the statistics are."""
+    line = "compiling kernels took 2.0 s, once on this machine"
+    monkeypatch.setattr("nexusquant.progress.compile_kernels", lambda *_, **__: line)
+    status, out, err = run("generate", folder, "--prompt-file", story, "--max-new-tokens", 2)
+    assert status == 0
+    assert line in err
+    assert line not in out
 
 
 def test_module_runs_the_same_command() -> None:

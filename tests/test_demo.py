@@ -12,14 +12,17 @@ from transformers import DynamicCache
 
 from nexusquant import CompressionConfig, ConfigError
 from nexusquant.demo import (
+    Run,
     comparison_table,
     context_limit,
     demo_text,
     encode_prompt,
     first_tokens,
     timed_run,
+    warm_up,
 )
 from nexusquant.hf.cache import cache_stats
+from nexusquant.statistics import MIN_TOKENS
 from tests.tiny_checkpoint import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(chat=True)
@@ -90,6 +93,24 @@ def test_exact_compression_without_eviction_answers_the_same(ids: torch.Tensor) 
     exact = CompressionConfig(codec="exact", evict_ratio=0.0)
     plain = timed_run(MODEL, TOKENIZER, ids, None, 9)
     assert timed_run(MODEL, TOKENIZER, ids, exact, 9).answer == plain.answer
+
+
+def test_warming_up_uses_either_cache_and_builds_no_profile(
+    ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that neither column has first times in it."""
+    config = CompressionConfig()
+    made: list[tuple[object, int, int]] = []
+
+    def spy(*args: object) -> Run:
+        run = timed_run(*args)
+        made.append((args[3], run.stats.tokens, run.new_tokens))
+        return run
+
+    monkeypatch.setattr("nexusquant.demo.timed_run", spy)
+    warm_up(MODEL, TOKENIZER, ids, config)
+    assert [(each, tokens >= 64) for each, tokens, _ in made] == [(config, True), (None, True)]
+    assert all(new > 1 and tokens < MIN_TOKENS for _, tokens, new in made)
 
 
 def test_table_shows_what_was_measured(ids: torch.Tensor) -> None:

@@ -152,13 +152,3 @@ def test_bins_hold_one_threshold_at_most(book: Book) -> None:
     assert starts.diff(dim=2).max() == 1
     assert (starts[..., 0] == 0).all()
     assert (last - starts[..., -1]).max() <= 1
-
-
-@needs_numba
-def test_kept_kernels_are_of_these_sources() -> None:
-    """Numba's key has the variables of enclosing functions, not the files of called ones."""
-    from nexusquant.kernels.cpu import attend, encode
-    from nexusquant.kernels.cpu.sources import SOURCES
-
-    for kept in (attend.attend, encode.encode, encode.decode):
-        assert [cell.cell_contents for cell in kept.py_func.__closure__] == [SOURCES]

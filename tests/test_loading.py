@@ -14,8 +14,8 @@ import torch
 
 from nexusquant import loading
 from nexusquant.errors import LoadError
+from nexusquant.folders import cache_dir
 from nexusquant.loading import demo_model, load_model
-from nexusquant.profile_store import cache_dir
 from tests.tiny_checkpoint import save_gguf, tiny_model, tiny_tokenizer
 
 TEXT = "the quick brown fox"

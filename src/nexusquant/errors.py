@@ -1,4 +1,7 @@
-"""The one exception family of the package. Every message says what was given and what to do."""
+"""The one exception family of the package, and its warning.
+
+Every message says what was given and what to do.
+"""
 
 
 class NexusQuantError(Exception):
@@ -31,3 +34,7 @@ class FormatError(NexusQuantError, ValueError):
 
 class StoreError(NexusQuantError, OSError):
     """A store that could not be opened, read or written; what it held before is still there."""
+
+
+class NexusQuantWarning(UserWarning):
+    """Something stays uncompressed, is compressed less well than it could be, or takes longer."""

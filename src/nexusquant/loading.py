@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexusquant.errors import LoadError
-from nexusquant.profile_store import cache_dir
+from nexusquant.folders import cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

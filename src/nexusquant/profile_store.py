@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from nexusquant.errors import ProfileError, StoreError
+from nexusquant.folders import cache_dir
 from nexusquant.nxq import atomic_file
 from nexusquant.profile import SIDES, LayerProfile, Profile, Side
 
@@ -28,11 +29,6 @@ _FIELDS = ("forward", "inverse", "mean", "variance", "weight", "coherence")
 _BAD_HEADER = (
     LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError
 )  # fmt: skip
-
-
-def cache_dir() -> Path:
-    """Where nexusquant keeps files of this user: `$XDG_CACHE_HOME` or `~/.cache`, `/nexusquant`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nexusquant"
 
 
 def default_path(fingerprint: str, rope_page: int) -> Path:

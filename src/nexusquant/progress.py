@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -36,6 +37,37 @@ def progress_steps() -> Iterator[Steps]:
     live = console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=not live) as progress:
         yield Steps(progress)
+
+
+def kernel_report(progress: Steps) -> Callable[[int, int, str], None]:
+    """What `warm_up` is to call: one line, that counts in a terminal."""
+
+    def report(done: int, of: int, name: str) -> None:
+        show = progress.tick if done else progress.step
+        show(f"compiling kernels for this CPU, once: {done + 1} of {of}")
+
+    return report
+
+
+def compile_kernels(progress: Steps, model: Any, storage: bool = False) -> str:
+    """Have all kernels before anything is timed; says nothing if they were compiled before.
+
+    Args:
+        model: a transformers model. On a GPU nothing is compiled here.
+        storage: also those of stored prefixes.
+
+    Returns:
+        A line that says how long it took, "" if nothing was compiled.
+    """
+    from nexusquant.hf.kernels import query_groups
+    from nexusquant.kernels.warmup import warm_up
+
+    if model.device.type != "cpu":
+        return ""
+    made = warm_up(query_groups(model.config), storage, kernel_report(progress))
+    if not made.compiled:
+        return ""
+    return f"compiling kernels took {made.seconds:.1f} s, once on this machine"
 
 
 @contextmanager

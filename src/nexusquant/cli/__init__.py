@@ -14,6 +14,7 @@ from nexusquant.cli.coverage import doctor, models
 from nexusquant.cli.info import info
 from nexusquant.cli.measure import evaluate, presets
 from nexusquant.cli.prefix import inspect, pack, verify
+from nexusquant.cli.warmup import warmup
 from nexusquant.errors import NexusQuantError
 
 
@@ -58,6 +59,7 @@ def main(
 
 
 for command in (
-    demo, generate, evaluate, calibrate, pack, inspect, verify, doctor, models, presets, info,
+    demo, generate, evaluate, calibrate, pack, inspect, verify, doctor, models, presets, warmup,
+    info,
 ):  # fmt: skip
     app.command()(command)

@@ -53,7 +53,7 @@ def demo(
     text = None if prompt_file is None else read(prompt_file)
     from nexusquant import demo as lab
     from nexusquant.loading import load_model
-    from nexusquant.progress import progress_steps, quiet_transformers
+    from nexusquant.progress import compile_kernels, progress_steps, quiet_transformers
 
     with quiet_transformers(), progress_steps() as progress:
         model, tokenizer = load_model(folder("demo", progress), "float32", "cpu")
@@ -66,6 +66,7 @@ def demo(
         used, total = lab.first_tokens(tokenizer, text or lab.demo_text(), prompt_tokens)
         asked = question or lab.QUESTION
         ids = lab.encode_prompt(tokenizer, f"{used}\n\n{asked}")
+        compiling = compile_kernels(progress, model)
         plain, compressed = _both_runs(model, tokenizer, ids, config, max_new_tokens, progress)
     console = Console()
     source = "Python language reference" if text is None else str(prompt_file)
@@ -75,6 +76,8 @@ def demo(
     )
     _print_panel(console, "question", asked)
     _print_comparison(console, plain, compressed, quality)
+    if compiling:
+        typer.echo(compiling)
     _print_panel(console, "compressed cache answers", compressed.answer)
 
 
@@ -126,7 +129,7 @@ def generate(
         raise ConfigError("the prompt is empty: give --prompt-file, --prompt or both.")
     from nexusquant import demo as lab
     from nexusquant.loading import load_model
-    from nexusquant.progress import progress_steps, quiet_transformers
+    from nexusquant.progress import compile_kernels, progress_steps, quiet_transformers
 
     with quiet_transformers(), progress_steps() as progress:
         network, tokenizer = load_model(folder(model, progress), dtype, device)
@@ -142,6 +145,7 @@ def generate(
                 f"warning: {wanted} tokens are more than the {limit} this model was made for.",
                 err=True,
             )
+        compiling = compile_kernels(progress, network, storage=prefix is not None)
         plain = None
         if compare:
             plain, run = _both_runs(
@@ -154,6 +158,8 @@ def generate(
         names += settings or []
         column = "from the prefix" if opened else "compressed"
         _print_comparison(Console(stderr=True), plain, run, ", ".join(names), column)
+    if compiling:
+        typer.echo(compiling, err=True)
     typer.echo(run.answer)
     per_token = run.seconds_per_token
     speed = "" if per_token is None else f", then {1000 * per_token:.1f} ms per token"
@@ -191,7 +197,7 @@ def _both_runs(
 ) -> tuple[Run, Run]:
     from nexusquant.demo import warm_up
 
-    warm_up(model, ids)
+    warm_up(model, tokenizer, ids, config)
     # The one first that may find a damaged file.
     run = _one_run(model, tokenizer, ids, config, max_new_tokens, progress, opened)
     return _one_run(model, tokenizer, ids, None, max_new_tokens, progress), run

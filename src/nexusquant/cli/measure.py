@@ -67,7 +67,7 @@ def evaluate(
     from nexusquant.config import resolve_config
     from nexusquant.evaluate import DEFAULT_PRESETS
     from nexusquant.loading import load_model
-    from nexusquant.progress import progress_steps, quiet_transformers
+    from nexusquant.progress import compile_kernels, progress_steps, quiet_transformers
 
     configs = {name: resolve_config(name) for name in quality or DEFAULT_PRESETS}
     texts = {str(path): read(path) for path in text or []} or {
@@ -75,6 +75,7 @@ def evaluate(
     }
     with quiet_transformers(), progress_steps() as progress:
         network, tokenizer = load_model(folder(model, progress), dtype, device)
+        compile_kernels(progress, network)
         bench = Bench(network, tokenizer, texts, configs, progress)
         for page in sorted({each.rope_page for each in configs.values()}):
             ensure_profile(

@@ -84,13 +84,14 @@ def pack(
     from nexusquant.loading import load_model
     from nexusquant.prefix.arguments import check_target
     from nexusquant.prefix.saving import save
-    from nexusquant.progress import progress_steps, quiet_transformers
+    from nexusquant.progress import compile_kernels, progress_steps, quiet_transformers
     from nexusquant.stores import open_store
 
     place: Any = nullcontext(output) if store is None else open_store(store)
     with quiet_transformers(), progress_steps() as progress, place as target:
         check_target(target, key)
         network, tokenizer = load_model(folder(model, progress), dtype, device)
+        compile_kernels(progress, network, storage=True)
         profile: Any = store_profile
         if quality is None:
             if profile is None:

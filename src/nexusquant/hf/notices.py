@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 
+from nexusquant.errors import NexusQuantWarning
 
-class NexusQuantWarning(UserWarning):
-    """Something stays uncompressed, or is compressed less well than it could be."""
+__all__ = ["NexusQuantWarning", "Notices"]
 
 
 class Notices:

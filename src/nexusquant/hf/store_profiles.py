@@ -14,11 +14,12 @@ from nexusquant.compressor import Chunk
 from nexusquant.entropy.build import Sample, build_profile
 from nexusquant.entropy.profile import QueryMoments, StoreProfile, profile_from_bytes
 from nexusquant.errors import ProfileError
+from nexusquant.folders import cache_dir
 from nexusquant.frame import KeyFrame
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.profiles import Collector
 from nexusquant.profile import Profile
-from nexusquant.profile_store import cache_dir, digest_of, kept_path, profile_file, write
+from nexusquant.profile_store import digest_of, kept_path, profile_file, write
 from nexusquant.residual import OutputSide
 from nexusquant.statistics import LayerStatistics
 from nexusquant.tokens import narrowed

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from nexusquant.kernels.cpu.simd import read_fields
 
 
 class Call(NamedTuple):
@@ -20,7 +23,7 @@ class Call(NamedTuple):
         sinks: (query_heads,), or 0.
         entries: of all coded parts together.
         codes, gains: the tables of `tables`.
-        softcap: 0 for none.
+        softcap: the bits of a float32, 0 for none.
     """
 
     batch: int
@@ -44,7 +47,7 @@ class Call(NamedTuple):
     entries: int
     codes: int
     gains: int
-    softcap: np.float32
+    softcap: int
 
 
 class Bias(NamedTuple):
@@ -78,6 +81,98 @@ class Side(NamedTuple):
     mean: int
     mean_row: int
     mean_kind: int
+
+
+class Work(NamedTuple):
+    """Tables of parts, what the kernels keep for each other, and what they write.
+
+    Attributes:
+        parts, exacts: (coded, FIELDS) and (uncoded, FIELDS) int64, of coded and uncoded tokens.
+        where: (heads, entries) int32, slots of coded tokens (`tokens.positions`); heads are
+            batch kv_heads.
+        basis, shift: (heads, (2 F + 1) rows width) and (heads, (2 F + 1) rows) fp32, see `queries`.
+        tops, sums, sent: (heads, splits + 1, rows), twice, and (heads, splits + 1, rows, dim_v)
+            fp32: largest logit, sum of weights and weighted values of every split, and of the
+            uncoded tokens last.
+        held: rows of `query`, real or not.
+        output, lse: (batch, kv_heads, held, dim_v) and (batch, kv_heads, held) fp32.
+    """
+
+    parts: int
+    coded: int
+    exacts: int
+    uncoded: int
+    where: int
+    basis: int
+    shift: int
+    tops: int
+    sums: int
+    sent: int
+    held: int
+    output: int
+    lse: int
+
+
+class Coding(NamedTuple):
+    """A call of `encode` or `decode`, heads are those of one row of the batch.
+
+    Attributes:
+        codes: the code tables, one of `code.STRIDE` floats per rate.
+        gains: the 16 gains and the 15 boundaries between them.
+        limit: bits of the largest size with a gain.
+        groups: (heads, width, 4) int32: per head how many groups are coded, then for each its
+            number, rate, first row, and the mask of the lowest bits of a word. The rows of all
+            are in the entry behind the last head's.
+        runs: tasks per head, `encode.RUN` tokens each.
+        y: (batch, heads, dim, tokens) fp32.
+        rows, sizes: (batch, row_bytes, tokens) and (batch, heads, tokens) uint8; may be slices.
+        rows_batch, rows_row, sizes_batch, sizes_head: their strides.
+        bad: (batch heads runs,) int32, to be filled by `encode`: vectors that are NaN, infinite or
+            above the limit.
+    """
+
+    codes: int
+    gains: int
+    limit: int
+    groups: int
+    width: int
+    heads: int
+    dim: int
+    tokens: int
+    runs: int
+    y: int
+    rows: int
+    rows_batch: int
+    rows_row: int
+    sizes: int
+    sizes_batch: int
+    sizes_head: int
+    bad: int
+
+
+def _read(kind: Any, before: int = 0) -> Any:
+    """A function for kernels: the tuple that an array of int64 holds behind `before` numbers."""
+    type_ = types.NamedTuple([types.int64] * len(kind._fields), kind)
+
+    @intrinsic
+    def read(_: Any, address: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return context.make_tuple(
+                builder, type_, read_fields(builder, args[0], before, len(kind._fields))
+            )
+
+        return type_(types.intp), lower
+
+    return read
+
+
+_BIAS = len(Call._fields)
+_KEY = _BIAS + len(Bias._fields)
+_VALUE = _KEY + len(Side._fields)
+_WORK = _VALUE + len(Side._fields)
+read_call, read_bias = _read(Call), _read(Bias, _BIAS)
+read_key, read_value = _read(Side, _KEY), _read(Side, _VALUE)
+read_work, read_coding = _read(Work, _WORK), _read(Coding)
 
 
 # Columns of the int64 tables of parts. Of all:

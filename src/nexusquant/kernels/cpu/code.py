@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from nexusquant.kernels.cpu.compiled import inner
 from nexusquant.kernels.cpu.memory import (
     get_float,
     load,
@@ -26,7 +26,7 @@ REACH, PRICE, PER_UNIT, EDGES, COSET, STARTS, BINS = 4, 5, 6, 512, 256, 1024, 10
 _FAR = f32(1e18)
 
 
-@njit
+@inner
 def _level(code, v):
     """Levels at odd numbers v, from 1 - 2^(b+1) to 2^(b+1) - 1."""
     s = v * v
@@ -35,7 +35,7 @@ def _level(code, v):
     return v * inner
 
 
-@njit
+@inner
 def _nearest(code, bits, coset, x):
     """How many thresholds of the coset lie below x."""
     edges = code + 4 * (EDGES + COSET * coset)
@@ -52,7 +52,7 @@ def _nearest(code, bits, coset, x):
     return n
 
 
-@njit
+@inner
 def _nearest_of_coset(code, bits, coset, x, stride):
     """Fields of the nearest even-sum word, 8 coordinates at x + 4 stride i.
 
@@ -90,7 +90,7 @@ def _nearest_of_coset(code, bits, coset, x, stride):
     return cost, choose(odd, words ^ patch, words), choose(odd, rest ^ patch_rest, rest)
 
 
-@njit
+@inner
 def encode_group(code, bits, lowest, x, stride, rows, tokens, at, full, lanes):
     """The codewords of 16 tokens' groups of 8 coordinates, at x + 4 (stride i + token).
 
@@ -119,12 +119,12 @@ def encode_group(code, bits, lowest, x, stride, rows, tokens, at, full, lanes):
             store_some_bytes(rows, k * tokens + at, byte, lanes)
 
 
-@njit
+@inner
 def _bytes(rows, at, full, lanes):
     return load_bytes(rows, at) if full else load_some_bytes(rows, at, lanes)
 
 
-@njit
+@inner
 def decode_group(code, bits, lowest, rows, tokens, at, full, lanes, out, stride):
     """Inverse of `encode_group`: coordinate i of 16 tokens to out + 4 stride i."""
     a = min(bits, 4)

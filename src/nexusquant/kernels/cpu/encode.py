@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
 
+from nexusquant.kernels.cpu.arguments import read_coding
 from nexusquant.kernels.cpu.code import PRICE, REACH, STRIDE, decode_group, encode_group
+from nexusquant.kernels.cpu.compiled import Task, inner
 from nexusquant.kernels.cpu.memory import (
+    float_of,
     get_float,
     get_int,
     keep,
@@ -15,6 +17,7 @@ from nexusquant.kernels.cpu.memory import (
     load_some_bytes,
     lookup,
     put_float,
+    put_int,
     store,
     store_bytes,
     store_some,
@@ -31,15 +34,15 @@ from nexusquant.kernels.cpu.simd import (
     sqrt,
     total,
 )
-from nexusquant.kernels.cpu.sources import SOURCES
 
 f32, i32, i64 = np.float32, np.int32, np.int64
-_RUN = 512  # tokens per task
+RUN = 512
+"""Tokens per task."""
 _GAINS = 16
 _STEPS = 6
 
 
-@njit
+@inner
 def _clipped(codes, groups, count, x, stride, gain):
     """What clipping at `gain` costs, coordinates at x + 4 stride d."""
     lost = splat(f32(0))
@@ -55,7 +58,7 @@ def _clipped(codes, groups, count, x, stride, gain):
     return lost
 
 
-@njit
+@inner
 def _gains(codes, gains, groups, count, dim, x, stride, limit):
     """Gain codes of 16 vectors, and which have none: their RMS, unless that clips too much."""
     energy = splat(f32(0))
@@ -88,109 +91,75 @@ def _gains(codes, gains, groups, count, dim, x, stride, limit):
     return chosen, ~(rms <= splat(limit))  # NaN compares as false
 
 
-@njit(parallel=True)
-def _encode(codes, gains, limit, groups, width, batch, heads, dim, tokens, y, rows, sizes):
-    """Vectors in code space to rows of codes and gains.
-
-    Args:
-        codes: address of the code tables, one of `STRIDE` floats per rate.
-        gains: address of the 16 gains and the 15 boundaries between them.
-        limit: largest size with a gain.
-        groups: address of (heads, width, 4) int32: per head how many groups are coded, then for
-            each its number, rate, first row, and the mask of the lowest bits of a word.
-        y, rows, sizes: addresses of (batch, heads, dim, tokens) fp32, (batch, row_bytes, tokens)
-            and (batch, heads, tokens) uint8. Row_bytes is in the entry behind the last head's.
-
-    Returns:
-        How many vectors are NaN, infinite or above the limit.
-    """
-    row_bytes = get_int(groups, 4 * heads * width)
-    runs = (tokens + _RUN - 1) // _RUN
-    bad = 0
-    for task in prange(batch * heads * runs):
-        row, run = task // runs, task % runs
-        table = groups + 16 * width * (row % heads)
-        count, table = get_int(table, 0), table + 16
-        space = np.empty((dim + 8) * LANES, np.float32)
-        spare, unit = space.ctypes.data, space.ctypes.data + 4 * dim * LANES
-        target = rows + (row // heads) * row_bytes * tokens
-        for at in range(run * _RUN, min(tokens, (run + 1) * _RUN), LANES):
-            full, mask = at + LANES <= tokens, lane_numbers() < splat(i32(tokens - at))
-            x, stride = y + 4 * (row * dim * tokens + at), tokens
-            if not full:
-                for d in range(dim):
-                    for t in range(LANES):
-                        value = get_float(x, d * tokens + t) if at + t < tokens else f32(0)
-                        put_float(spare, d * LANES + t, value)
-                x, stride = spare, LANES
-            chosen, wrong = _gains(codes, gains, table, count, dim, x, stride, limit)
-            bad += i64(total(choose(wrong & mask, splat(f32(1)), splat(f32(0)))))
-            gain = lookup(gains, chosen)
-            if full:
-                store_bytes(sizes, row * tokens + at, chosen)
-            else:
-                store_some_bytes(sizes, row * tokens + at, chosen, mask)
-            for j in range(count):
-                group, bits = get_int(table, 4 * j), get_int(table, 4 * j + 1)
-                first, lowest = get_int(table, 4 * j + 2), get_int(table, 4 * j + 3)
-                for i in range(8):
-                    store(unit, LANES * i, load(x, stride * (8 * group + i)) / gain)
-                code = codes + 4 * STRIDE * bits
-                out = target + first * tokens
-                encode_group(code, bits, lowest, unit, LANES, out, tokens, at, full, mask)
-        keep(space)
-    return bad
+def _encode(arguments, task):
+    """Vectors in code space to rows of codes and gains; see `arguments.Coding`."""
+    call = read_coding(arguments)
+    codes, tokens, dim, limit = call.codes, call.tokens, call.dim, float_of(call.limit)
+    row, run = task // call.runs, task % call.runs
+    table = call.groups + 16 * call.width * (row % call.heads)
+    count, table = get_int(table, 0), table + 16
+    space = np.empty((dim + 8) * LANES, np.float32)
+    spare, unit = space.ctypes.data, space.ctypes.data + 4 * dim * LANES
+    target = call.rows + (row // call.heads) * call.rows_batch
+    bad = splat(f32(0))
+    for at in range(run * RUN, min(tokens, (run + 1) * RUN), LANES):
+        full, mask = at + LANES <= tokens, lane_numbers() < splat(i32(tokens - at))
+        x, stride = call.y + 4 * (row * dim * tokens + at), tokens
+        if not full:
+            for d in range(dim):
+                for t in range(LANES):
+                    value = get_float(x, d * tokens + t) if at + t < tokens else f32(0)
+                    put_float(spare, d * LANES + t, value)
+            x, stride = spare, LANES
+        chosen, wrong = _gains(codes, call.gains, table, count, dim, x, stride, limit)
+        bad = bad + choose(wrong & mask, splat(f32(1)), splat(f32(0)))
+        gain = lookup(call.gains, chosen)
+        if full:
+            store_bytes(call.sizes, row * tokens + at, chosen)
+        else:
+            store_some_bytes(call.sizes, row * tokens + at, chosen, mask)
+        for j in range(count):
+            group, bits = get_int(table, 4 * j), get_int(table, 4 * j + 1)
+            first, lowest = get_int(table, 4 * j + 2), get_int(table, 4 * j + 3)
+            for i in range(8):
+                store(unit, LANES * i, load(x, stride * (8 * group + i)) / gain)
+            code = codes + 4 * STRIDE * bits
+            out = target + first * tokens
+            encode_group(code, bits, lowest, unit, LANES, out, tokens, at, full, mask)
+    put_int(call.bad, task, i32(total(bad)))
+    keep(space)
 
 
-@njit(parallel=True)
-def _decode(codes, gains, groups, width, batch, heads, dim, tokens, rows, sizes, y):
-    """Inverse of `encode`: y is (batch, heads, dim, tokens), zero where nothing is coded.
-
-    Both may be slices: `rows` and `sizes` are (address, batch stride, row or head stride).
-    """
-    runs = (tokens + _RUN - 1) // _RUN
-    for task in prange(batch * heads * runs):
-        row, run = task // runs, task % runs
-        table = groups + 16 * width * (row % heads)
-        count, table = get_int(table, 0), table + 16
-        source = rows[0] + (row // heads) * rows[1]
-        space = np.empty(8 * LANES, np.float32)
-        part = space.ctypes.data
-        for at in range(run * _RUN, min(tokens, (run + 1) * _RUN), LANES):
-            full, mask = at + LANES <= tokens, lane_numbers() < splat(i32(tokens - at))
-            place = (row // heads) * sizes[1] + (row % heads) * sizes[2] + at
-            size = load_bytes(sizes[0], place) if full else load_some_bytes(sizes[0], place, mask)
-            gain = lookup(gains, size)
-            out = y + 4 * (row * dim * tokens + at)
-            for j in range(count):
-                group, bits = get_int(table, 4 * j), get_int(table, 4 * j + 1)
-                first, lowest = get_int(table, 4 * j + 2), get_int(table, 4 * j + 3)
-                code = codes + 4 * STRIDE * bits
-                held = source + first * rows[2]
-                decode_group(code, bits, lowest, held, rows[2], at, full, mask, part, LANES)
-                for i in range(8):
-                    value = load(part, LANES * i) * gain
-                    if full:
-                        store(out, tokens * (8 * group + i), value)
-                    else:
-                        store_some(out, tokens * (8 * group + i), value, mask)
-        keep(space)
+def _decode(arguments, task):
+    """The way back: y is zero where nothing is coded, which it is before."""
+    call = read_coding(arguments)
+    tokens, dim = call.tokens, call.dim
+    row, run = task // call.runs, task % call.runs
+    batch, head = row // call.heads, row % call.heads
+    table = call.groups + 16 * call.width * head
+    count, table = get_int(table, 0), table + 16
+    source = call.rows + batch * call.rows_batch
+    space = np.empty(8 * LANES, np.float32)
+    part = space.ctypes.data
+    for at in range(run * RUN, min(tokens, (run + 1) * RUN), LANES):
+        full, mask = at + LANES <= tokens, lane_numbers() < splat(i32(tokens - at))
+        place = batch * call.sizes_batch + head * call.sizes_head + at
+        size = load_bytes(call.sizes, place) if full else load_some_bytes(call.sizes, place, mask)
+        gain = lookup(call.gains, size)
+        out = call.y + 4 * (row * dim * tokens + at)
+        for j in range(count):
+            group, bits = get_int(table, 4 * j), get_int(table, 4 * j + 1)
+            first, lowest = get_int(table, 4 * j + 2), get_int(table, 4 * j + 3)
+            code = call.codes + 4 * STRIDE * bits
+            held = source + first * call.rows_row
+            decode_group(code, bits, lowest, held, call.rows_row, at, full, mask, part, LANES)
+            for i in range(8):
+                value = load(part, LANES * i) * gain
+                if full:
+                    store(out, tokens * (8 * group + i), value)
+                else:
+                    store_some(out, tokens * (8 * group + i), value, mask)
+    keep(space)
 
 
-def _kept(sources):
-    @njit(cache=True, nogil=True)
-    def encode(codes, gains, limit, groups, width, batch, heads, dim, tokens, y, rows, sizes):
-        _ = sources
-        return _encode(
-            codes, gains, limit, groups, width, batch, heads, dim, tokens, y, rows, sizes
-        )
-
-    @njit(cache=True, nogil=True)
-    def decode(codes, gains, groups, width, batch, heads, dim, tokens, rows, sizes, y):
-        _ = sources
-        _decode(codes, gains, groups, width, batch, heads, dim, tokens, rows, sizes, y)
-
-    return encode, decode
-
-
-encode, decode = _kept(SOURCES)
+encode, decode = Task(_encode, "encode"), Task(_decode, "decode")

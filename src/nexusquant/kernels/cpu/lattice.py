@@ -6,8 +6,9 @@ Operations are in the order of the definition, so that all of its points but tie
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import types
 
+from nexusquant.kernels.cpu.compiled import Kernel, inner
 from nexusquant.kernels.cpu.memory import (
     get_float,
     keep,
@@ -27,7 +28,6 @@ from nexusquant.kernels.cpu.simd import (
     to_float,
     to_int,
 )
-from nexusquant.kernels.cpu.sources import SOURCES
 
 f32, i32 = np.float32, np.int32
 _GROUP = 8
@@ -36,7 +36,7 @@ _SCALE, _DECAY, _PAST, _UNIT = (_GROUP * LANES * k for k in range(4))
 """Where a block's scratch has what; floats."""
 
 
-@njit
+@inner
 def _of_coset(unit, half):
     """What the nearest points of a coset are: squared distances, whether the sum of the rounded
     coordinates is odd, which of them is moved then, and if it is moved down."""
@@ -59,7 +59,7 @@ def _of_coset(unit, half):
     return far, parity, at, down
 
 
-@njit
+@inner
 def _scales(own, variance, size, noise, lanes):
     """The factors of a block, as `entropy.lattice.Steps.scale`."""
     step = splat(size)
@@ -69,7 +69,7 @@ def _scales(own, variance, size, noise, lanes):
         store(own, _SCALE + LANES * i, v / (v + blur) / step)
 
 
-@njit
+@inner
 def _token(own, y, n, coset, size, lanes, groups):
     """One token of a block: its points, and the prediction of the next token from it."""
     unit = own + 4 * _UNIT
@@ -96,7 +96,6 @@ def _token(own, y, n, coset, size, lanes, groups):
     scatter_bytes(coset, groups, c)
 
 
-@njit
 def _quantize(pages, tokens, dim, y, size, variance, decay, noise, n, coset):
     """Addresses of y and n (pages, tokens, dim), size (pages, tokens), variance (2, dim), decay
     (dim,), coset (pages, tokens, dim / 8) bytes; everything else is fp32, n int32."""
@@ -126,7 +125,6 @@ def _quantize(pages, tokens, dim, y, size, variance, decay, noise, n, coset):
     keep(space)
 
 
-@njit
 def _reconstruct(pages, tokens, dim, n, coset, size, decay, y):
     """Inverse, of arrays: n (rows, dim), coset (rows, dim / 8) and so on, page after page."""
     for page in range(pages):
@@ -142,18 +140,13 @@ def _reconstruct(pages, tokens, dim, n, coset, size, decay, y):
                     y[row, d] += y[row - 1, d] * decay[d]
 
 
-def _kept(sources):
-    @njit(cache=True, nogil=True)
-    def quantize(pages, tokens, dim, y, size, variance, decay, noise, n, coset):
-        _ = sources
-        _quantize(pages, tokens, dim, y, size, variance, decay, noise, n, coset)
-
-    @njit(cache=True, nogil=True)
-    def reconstruct(pages, tokens, dim, n, coset, size, decay, y):
-        _ = sources
-        _reconstruct(pages, tokens, dim, n, coset, size, decay, y)
-
-    return quantize, reconstruct
-
-
-quantize, reconstruct = _kept(SOURCES)
+_long, _float = types.int64, types.float32
+quantize = Kernel(_quantize, types.void(*[_long] * 7, _float, _long, _long), "quantize")
+reconstruct = Kernel(
+    _reconstruct,
+    types.void(
+        _long, _long, _long, types.int32[:, ::1], types.bool_[:, ::1], _float[::1], _float[::1],
+        _float[:, ::1],
+    ),
+    "reconstruct",
+)  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from nexusquant.kernels.cpu.compiled import inner
 from nexusquant.kernels.cpu.simd import (
     BYTE,
     FLOAT,
@@ -197,6 +198,12 @@ def get_int(_: Any, address: Any, index: Any) -> Any:
 
 
 @intrinsic
+def get_long(_: Any, address: Any, index: Any) -> Any:
+    """int64 at address + 8 index."""
+    return _scalar(ir.IntType(64), types.int64, False)(_, address, index)
+
+
+@intrinsic
 def get_float(_: Any, address: Any, index: Any) -> Any:
     """float32 at address + 4 index."""
     return _scalar(FLOAT, types.float32, False)(_, address, index)
@@ -236,9 +243,32 @@ def put_float(_: Any, address: Any, index: Any, value: Any) -> Any:
     return _scalar(FLOAT, types.float32, True)(_, address, index, value)
 
 
-@njit
+@inner
 def get_number(address, kind, index):
     """Element `index` of fp32, fp16 or bf16 (0, 1, 2) behind an address, as float32."""
     if kind == 0:
         return get_float(address, index)
     return get_half(address, index) if kind == 1 else get_bfloat(address, index)
+
+
+@intrinsic
+def float_of(_: Any, bits: Any) -> Any:
+    """float32 that has the low 32 bits of an int64."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(builder.trunc(args[0], WORD), FLOAT)
+
+    return types.float32(types.int64), lower
+
+
+@intrinsic
+def call_task(_: Any, function: Any, arguments: Any, task: Any) -> Any:
+    """function(arguments, task), of a function that is given by its address."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        long = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [long, long]).as_pointer()
+        builder.call(builder.inttoptr(args[0], kind), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), lower

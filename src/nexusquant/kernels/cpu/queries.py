@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from nexusquant.kernels.cpu.compiled import inner
 from nexusquant.kernels.cpu.memory import get_float, get_int, get_number, load, put_float, store
 from nexusquant.kernels.cpu.rows import rows_add_scaled, rows_load, rows_of, rows_store
 from nexusquant.kernels.cpu.simd import LANES, splat
@@ -15,7 +15,7 @@ PAGES = 16
 ALL_PAGES = (0,) * PAGES
 
 
-@njit
+@inner
 def _add_scaled(out, at, source, index, factor, width):
     for v in range(width // LANES):
         one = rows_load(rows_of((0,), splat(f32(0))), out, at + LANES * v, 0)
@@ -23,7 +23,7 @@ def _add_scaled(out, at, source, index, factor, width):
         store(out, at + LANES * v, one[0] + y)
 
 
-@njit
+@inner
 def query_basis(call, key, row, h, rows, basis, shift):
     """What [cos sin 1] of a page is multiplied with, of one KV head.
 
@@ -63,7 +63,7 @@ def query_basis(call, key, row, h, rows, basis, shift):
                 _add_scaled(basis, at * width, inverse, i * key.row, other * factor, width)
 
 
-@njit
+@inner
 def page_queries(call, b, first, rows, basis, shift, out, constants):
     """Queries in the code space of 16 pages: (pages, rows, width), and (rows, pages) constants."""
     held, columns, width = call.held, call.columns, call.width

@@ -56,6 +56,14 @@ def read_vector(builder: Any, address: Any, index: Any, element: ir.Type) -> Any
     return value
 
 
+def read_fields(builder: Any, address: Any, first: int, count: int) -> list[Any]:
+    """int64 numbers from number `first` behind an address on."""
+    long = ir.IntType(64)
+    return [
+        builder.load(pointer(builder, address, long(first + i), long, long)) for i in range(count)
+    ]
+
+
 def spread(builder: Any, value: Any, kind: _Vector) -> Any:
     first = builder.insert_element(ir.Constant(kind.ir, ir.Undefined), value, WORD(0))
     zeros = ir.Constant(ir.VectorType(WORD, LANES), [0] * LANES)

@@ -14,5 +14,4 @@ def _checksum() -> int:
 
 
 SOURCES = _checksum()
-"""Of all files here. Numba looks only at the file of the function that it keeps, not at those of
-the functions that it calls; a variable of an enclosing function is part of its key."""
+"""Of all files here: part of the name of the folder that compiled kernels are kept in (`kept`)."""

@@ -45,7 +45,7 @@ class Loops:
     def order(self, key: NDArray[Any], kinds: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Stable order of key (n,), and how often each of 0 to `kinds` - 1 occurs."""
         counts, order = np.zeros(kinds, np.int64), np.empty(len(key), np.int64)
-        symbols.order(key, counts, order)
+        symbols.order(np.ascontiguousarray(key, np.int16), counts, order)
         return order, counts
 
     def number_keys(
@@ -62,5 +62,8 @@ class Loops:
     ) -> NDArray[Any]:
         """Keys of the numbers `start` to `stop` - 1 of every group, flat."""
         key = np.empty(coset.size * (stop - start), np.int16)
+        level, extra, side, coset, parity = (
+            np.ascontiguousarray(x, np.int32) for x in (level, extra, side, coset, parity)
+        )
         symbols.number_keys(level, extra, table, low, side, coset, parity, start, stop, key)
         return key

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import types
 
-from nexusquant.kernels.cpu.sources import SOURCES
+from nexusquant.kernels.cpu.compiled import Kernel
 
 _UNKNOWN = 2
 _SIDE = 16  # classes
 
 
-@njit
 def _order(key, counts, order):
     """Stable order of `key`; `counts`, zeros, becomes how often each occurs."""
     for i in range(len(key)):
@@ -27,7 +26,6 @@ def _order(key, counts, order):
         starts[k] += 1
 
 
-@njit
 def _number_keys(level, extra, table, low, side, coset, parity, start, stop, key):
     last, at = len(table) - 1, 0
     for t in range(len(extra)):
@@ -41,18 +39,13 @@ def _number_keys(level, extra, table, low, side, coset, parity, start, stop, key
                 at += 1
 
 
-def _kept(sources):
-    @njit(cache=True, nogil=True)
-    def order(key, counts, order):
-        _ = sources
-        _order(key, counts, order)
-
-    @njit(cache=True, nogil=True)
-    def number_keys(level, extra, table, low, side, coset, parity, start, stop, key):
-        _ = sources
-        _number_keys(level, extra, table, low, side, coset, parity, start, stop, key)
-
-    return order, number_keys
-
-
-order, number_keys = _kept(SOURCES)
+_long, _int, _short = types.int64, types.int32, types.int16
+order = Kernel(_order, types.void(_short[::1], _long[::1], _long[::1]), "order")
+number_keys = Kernel(
+    _number_keys,
+    types.void(
+        _int[:, :, ::1], _int[::1], _short[::1], _long, _int[::1], _int[:, ::1], _int[:, ::1],
+        _long, _long, _short[::1],
+    ),
+    "number-keys",
+)  # fmt: skip

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
 from nexusquant.kernels.cpu import arguments as at
 from nexusquant.kernels.cpu.code import STRIDE, decode_group
+from nexusquant.kernels.cpu.compiled import inner
 from nexusquant.kernels.cpu.memory import (
+    float_of,
     get_byte,
     get_float,
     get_int,
+    get_long,
     get_number,
     get_short,
     load,
@@ -40,20 +42,21 @@ TILE = 128
 HIDDEN = f32(-np.inf)
 
 
-@njit
+@inner
 def positions(part, b, h, out):
     """Slots of one head's entries, times 2, plus 1 where empty, to int32 at `out`."""
-    count, kind, start = part[at.TOKENS], part[at.SLOT_KIND], part[at.SLOT_START]
-    source = b * part[at.SLOT_BATCH] + h * part[at.SLOT_HEAD]
+    count, kind = get_long(part, at.TOKENS), get_long(part, at.SLOT_KIND)
+    start, held = get_long(part, at.SLOT_START), get_long(part, at.SLOT_DATA)
+    source = b * get_long(part, at.SLOT_BATCH) + h * get_long(part, at.SLOT_HEAD)
     slot = start - 1
     if kind == at.BITMAP:
         entry, byte = 0, 0
         while entry < count:
-            if byte >= part[at.SLOT_BYTES]:  # behind the last one
+            if byte >= get_long(part, at.SLOT_BYTES):  # behind the last one
                 put_int(out, entry, i32(2 * slot + 1))
                 entry += 1
                 continue
-            bits = i64(get_byte(part[at.SLOT_DATA], source + byte))
+            bits = i64(get_byte(held, source + byte))
             for i in range(8):
                 if bits >> i & 1 and entry < count:
                     slot = start + 8 * byte + i
@@ -64,16 +67,16 @@ def positions(part, b, h, out):
     for entry in range(count):
         gap = i64(1)
         if kind == at.GAPS_8:
-            gap = i64(get_byte(part[at.SLOT_DATA], source + entry))
+            gap = i64(get_byte(held, source + entry))
         elif kind == at.GAPS_16:
-            gap = i64(get_short(part[at.SLOT_DATA], source + entry))
+            gap = i64(get_short(held, source + entry))
         elif kind == at.GAPS_32:
-            gap = i64(get_int(part[at.SLOT_DATA], source + entry))
+            gap = i64(get_int(held, source + entry))
         slot += gap
         put_int(out, entry, i32(2 * max(slot, start) + (gap == 0)))
 
 
-@njit
+@inner
 def first_on_page(where, count, page_of, page):
     """First entry on `page` or a later one."""
     low, high = 0, count
@@ -86,24 +89,24 @@ def first_on_page(where, count, page_of, page):
     return low
 
 
-@njit
+@inner
 def _groups(table, width, head):
     """Address of a head's coded groups, and their number."""
     start = table + 16 * width * head
     return start + 16, i64(get_int(start, 0))
 
 
-@njit
+@inner
 def _sizes(part, b, hp, t):
     """Gain codes of keys and values of 16 tokens."""
-    count = part[at.TOKENS]
-    place = (b * part[at.HEADS] + hp) * count + t
+    count = get_long(part, at.TOKENS)
+    place = (b * get_long(part, at.HEADS) + hp) * count + t
     if t + LANES <= count:
-        return load_bytes(part[at.GAINS], place)
-    return load_some_bytes(part[at.GAINS], place, lane_numbers() < splat(i32(count - t)))
+        return load_bytes(get_long(part, at.GAINS), place)
+    return load_some_bytes(get_long(part, at.GAINS), place, lane_numbers() < splat(i32(count - t)))
 
 
-@njit
+@inner
 def add_bias(bias, b, h, rows, real, q_len, where, t0, n, logits):
     """Adds what the mask says to the logits of tokens t0 to t0 + n - 1; -inf where it has nothing,
     and of empty entries. Without an address, all others are visible. Only the first `real` rows
@@ -125,14 +128,14 @@ def add_bias(bias, b, h, rows, real, q_len, where, t0, n, logits):
                 )
 
 
-@njit
+@inner
 def tile(rows, codes, gains, part, b, hp, where, t0, n, page_of, page0, queries, constants, width,
          keys, logits):  # fmt: skip
     """Logits of tokens t0 to t0 + n - 1 to (R, TILE) at `logits`; others are -inf."""
     R = len(rows)
-    count = part[at.TOKENS]
-    rows_at = part[at.KEY_ROWS] + b * part[at.KEY_BYTES] * count
-    table, groups = _groups(part[at.KEY_GROUPS], part[at.KEY_WIDTH], hp)
+    count = get_long(part, at.TOKENS)
+    rows_at = get_long(part, at.KEY_ROWS) + b * get_long(part, at.KEY_BYTES) * count
+    table, groups = _groups(get_long(part, at.KEY_GROUPS), get_long(part, at.KEY_WIDTH), hp)
     for block in range((n + LANES - 1) // LANES):
         t = t0 + LANES * block
         there = lane_numbers() < splat(i32(t0 + n - t))
@@ -170,7 +173,7 @@ def tile(rows, codes, gains, part, b, hp, where, t0, n, page_of, page0, queries,
         rows_store(result, logits, LANES * block, TILE)
 
 
-@njit
+@inner
 def soften(R, logits, blocks, softcap):
     for r in range(R):
         for block in range(blocks):
@@ -181,7 +184,7 @@ def soften(R, logits, blocks, softcap):
             store(logits, r * TILE + LANES * block, choose(x > splat(HIDDEN), y, x))
 
 
-@njit
+@inner
 def weigh(R, logits, blocks, gains, part, b, hp, t0, tops, sums, output, dims):
     """Probabilities in place of logits, times the values' gains; earlier ones are rescaled."""
     for r in range(R):
@@ -215,13 +218,13 @@ def weigh(R, logits, blocks, gains, part, b, hp, t0, tops, sums, output, dims):
             store(logits, spot, load(logits, spot) * gain)
 
 
-@njit
+@inner
 def add_values(rows, codes, part, b, hp, t0, blocks, weights, values, output):
     """Weighted codewords of values, summed per lane: output (dims, R, 16)."""
     R = len(rows)
-    count = part[at.TOKENS]
-    rows_at = part[at.VALUE_ROWS] + b * part[at.VALUE_BYTES] * count
-    table, groups = _groups(part[at.VALUE_GROUPS], part[at.VALUE_WIDTH], hp)
+    count = get_long(part, at.TOKENS)
+    rows_at = get_long(part, at.VALUE_ROWS) + b * get_long(part, at.VALUE_BYTES) * count
+    table, groups = _groups(get_long(part, at.VALUE_GROUPS), get_long(part, at.VALUE_WIDTH), hp)
     for j in range(groups):
         bits, first = get_int(table, 4 * j + 1), get_int(table, 4 * j + 2)
         code, lowest = codes + 4 * STRIDE * bits, get_int(table, 4 * j + 3)
@@ -241,17 +244,21 @@ def add_values(rows, codes, part, b, hp, t0, blocks, weights, values, output):
             rows_store(sums, output, spot, LANES)
 
 
-@njit
+@inner
 def exact_part(call, bias, part, b, h, hp, R, query, where, tops, sums, output, space):
     """Uncoded tokens: logits from the queries as they are, values summed as they are.
 
     space: room for a vector of up to 512 and R logits, `TILE` apart.
     """
     vector, logits, dim = space, space + 4 * 512, call.dim
-    for t in range(part[at.TOKENS]):
-        start = b * part[at.KEY_BATCH] + hp * part[at.KEY_HEAD] + t * part[at.KEY_TOKEN]
+    softcap, kind = float_of(call.softcap), get_long(part, at.DTYPE)
+    keys, values = get_long(part, at.KEYS), get_long(part, at.VALUES)
+    keys_at = b * get_long(part, at.KEY_BATCH) + hp * get_long(part, at.KEY_HEAD)
+    values_at = b * get_long(part, at.VALUE_BATCH) + hp * get_long(part, at.VALUE_HEAD)
+    for t in range(get_long(part, at.TOKENS)):
+        start = keys_at + t * get_long(part, at.KEY_TOKEN)
         for d in range(dim):
-            put_float(vector, d, get_number(part[at.KEYS], part[at.DTYPE], start + d))
+            put_float(vector, d, get_number(keys, kind, start + d))
         for r in range(R):
             lanes, whole, dot = splat(f32(0)), dim // LANES, f32(0)
             for v in range(whole):
@@ -259,13 +266,13 @@ def exact_part(call, bias, part, b, h, hp, R, query, where, tops, sums, output, 
             for d in range(LANES * whole, dim):
                 dot += get_float(vector, d) * get_float(query, r * dim + d)
             dot += total(lanes)
-            if call.softcap > 0:
-                dot = call.softcap * f32(math.tanh(dot / call.softcap))
+            if softcap > 0:
+                dot = softcap * f32(math.tanh(dot / softcap))
             put_float(logits, r * TILE, dot)
         add_bias(bias, b, h, R, call.rows, call.q_len, where, t, 1, logits)
-        start = b * part[at.VALUE_BATCH] + hp * part[at.VALUE_HEAD] + t * part[at.VALUE_TOKEN]
+        start = values_at + t * get_long(part, at.VALUE_TOKEN)
         for d in range(call.dim_v):
-            put_float(vector, d, get_number(part[at.VALUES], part[at.DTYPE], start + d))
+            put_float(vector, d, get_number(values, kind, start + d))
         for r in range(R):
             x, old = get_float(logits, r * TILE), get_float(tops, r)
             if x == HIDDEN:

@@ -1,0 +1,287 @@
+"""Kernels ahead of their first use: what is needed, how it is kept, and who says what about it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+import nexusquant
+from nexusquant.errors import NexusQuantWarning
+from nexusquant.hf.kernels import query_groups
+from nexusquant.kernels import use_operator
+from nexusquant.kernels import warmup as ahead
+from nexusquant.kernels.warmup import Warmth, state, warm_up
+from nexusquant.progress import compile_kernels, progress_steps
+from tests.kernel_cases import FAST
+from tests.tiny_checkpoint import tiny_model
+
+pytestmark = pytest.mark.skipif("numba" not in FAST, reason="needs Numba, an optional extra")
+SOURCE = Path(nexusquant.__file__).parent
+
+
+def printed(code: str, **environment: str) -> list[str]:
+    """What a fresh interpreter prints, line by line."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout.splitlines()
+
+
+def add_one(address: Any, task: Any) -> None:
+    """A kernel that compiles in no time."""
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """Kernels that are kept in `tmp_path`, each as a new process would make it."""
+    import numba
+
+    from nexusquant.kernels.cpu import compiled, kept
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiled, "_told", [])
+    kept._once.cache_clear()
+    return lambda: compiled.Task(add_one, "one")
+
+
+def compilations(kernel: Any) -> int:
+    """How often it was compiled rather than read."""
+    return sum(kernel.dispatcher.stats.cache_misses.values())
+
+
+def test_a_kernel_is_compiled_once_for_all_processes(make: Any) -> None:
+    first, second = make(), make()
+    assert not first.there
+    assert first.address
+    assert compilations(first) == 1
+    assert second.there
+    assert second.address
+    assert compilations(second) == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
+def test_a_damaged_file_is_compiled_again(make: Any, damage: str) -> None:
+    from nexusquant.kernels.cpu.kept import blake2b
+
+    first = make()
+    assert first.address
+    path = first.kept.path
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    foreign = b"not a pickle"
+    path.write_bytes(
+        {
+            "cut": bytes(data[:-100]),
+            "flipped": bytes(data),
+            "empty": b"",
+            "foreign": blake2b(foreign, digest_size=32).digest() + foreign,
+        }[damage]
+    )
+    second = make()
+    assert second.address
+    assert compilations(second) == 1
+    assert make().kept.read() is not None
+    third = make()
+    assert third.address
+    assert compilations(third) == 0
+
+
+def test_nowhere_to_write_is_said_once(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numba
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "file"))
+    first, second = make(), make()
+    with pytest.warns(NexusQuantWarning, match="cannot be kept.*XDG_CACHE_HOME"):
+        assert first.address
+    assert second.address  # warnings are errors here
+    assert compilations(second) == 1
+
+
+def test_a_user_without_a_home(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+
+    from nexusquant.kernels.cpu.kept import folder
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert folder() is None
+    with pytest.warns(NexusQuantWarning, match="no home directory"):
+        assert make().address
+
+
+def test_kept_in_the_users_cache_directory(
+    monkeypatch: pytest.MonkeyPatch, user_cache: Path
+) -> None:
+    import numba
+
+    from nexusquant.kernels.cpu.kept import folder
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    where = folder()
+    assert where is not None
+    assert where.parent == user_cache / "kernels"
+    assert numba.__version__ in where.name
+    assert nexusquant.__version__ in where.name
+
+
+def test_many_threads_compile_it_once(make: Any) -> None:
+    kernel = make()
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(lambda _: kernel.address, range(16)))) == 1
+    assert compilations(kernel) == 1
+
+
+def test_first_use_is_said_in_the_log_once(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from nexusquant.kernels.cpu import compiled
+
+    with caplog.at_level(logging.WARNING, "nexusquant"):
+        assert make().address
+        assert compiled.Task(add_one, "other").address
+    (record,) = caplog.records
+    assert "compiling kernels for this CPU, once" in record.message
+    assert "`nexusquant warmup`" in record.message
+    caplog.clear()
+    compiled._told.clear()
+    assert make().address
+    assert not caplog.records
+
+
+def test_other_environments_find_them_and_other_sources_do_not(tmp_path: Path) -> None:
+    """As a second virtual environment would, under another path."""
+    warm_up([2])
+    code = "from nexusquant.kernels.warmup import state; print(len(state([2]).compiled))"
+    copy = tmp_path / "elsewhere" / "nexusquant"
+    shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    assert printed(code, PYTHONPATH=str(copy.parent)) == ["0"]
+    with (copy / "kernels" / "cpu" / "code.py").open("a") as file:
+        file.write("# a change\n")
+    assert printed(code, PYTHONPATH=str(copy.parent)) == ["6"]
+
+
+def test_nothing_is_compiled_or_read_in_a_generation_after_it() -> None:
+    """In a process of its own, which has nothing but what it warmed up."""
+    warm_up([2])
+    code = """
+import torch
+from numba.core import event
+from nexusquant import NexusCache
+from nexusquant.hf.kernels import query_groups
+from nexusquant.kernels.cpu import warmup as kernels
+from nexusquant.kernels.warmup import warm_up
+from tests.tiny_checkpoint import tiny_model
+
+class Count(event.Listener):
+    started = 0
+    def on_start(self, event): self.started += 1
+    def on_end(self, event): pass
+
+model, count = tiny_model(320), Count()
+warm_up(query_groups(model.config))
+loaded = lambda: sum(len(one.dispatcher.overloads) for one in kernels.needed(None, True))
+before = loaded()
+event.register("numba:compile", count)
+ids = torch.randint(2, 320, (1, 300))
+for quality in ("high", "max"):
+    model.generate(ids, cache=NexusCache(model, quality=quality), max_new_tokens=40,
+                   pad_token_id=1)
+print(query_groups(model.config), before, loaded() - before, count.started)
+"""
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join([root, str(SOURCE.parent)])
+    assert printed(code, PYTHONPATH=path)[-1] == "[2] 6 0 0"
+
+
+def test_progress_is_of_what_is_compiled(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nexusquant.kernels.cpu import compiled
+    from nexusquant.kernels.cpu import warmup as kernels
+
+    made = [compiled.Task(add_one, name) for name in ("a", "b", "c")]
+    assert made[1].address
+    monkeypatch.setattr(kernels, "needed", lambda groups, storage: made)
+    assert state().compiled == ("a", "c")
+    steps: list[tuple[int, int, str]] = []
+    done = warm_up(progress=lambda *step: steps.append(step))
+    assert steps == [(0, 2, "a"), (1, 2, "c")]
+    assert done.compiled == ("a", "c")
+    assert done.kernels == 3
+    assert done.seconds > 0
+    assert warm_up(progress=lambda *step: steps.append(step)).compiled == ()
+    assert len(steps) == 2
+
+
+def test_without_numba_there_is_nothing_to_do() -> None:
+    before = use_operator("reference")
+    try:
+        assert warm_up([4]) == state([4]) == Warmth((), 0, 0.0, None)
+    finally:
+        use_operator(before)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "groups"),
+    [
+        (
+            "llama",
+            {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3},
+            [3],
+        ),
+        ("qwen2", {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}, [7]),
+        ("gpt2", {}, [1]),
+        ("falcon", {"multi_query": True, "num_attention_heads": 71, "hidden_size": 4544}, [71]),
+        ("bloom", {}, []),  # decoded for each pass
+        ("deepseek_v3", {}, []),
+    ],
+)
+def test_what_a_model_needs(model_type: str, settings: Any, groups: list[int]) -> None:
+    assert query_groups(AutoConfig.for_model(model_type, **settings)) == groups
+
+
+def test_what_numbers_of_queries_need() -> None:
+    from nexusquant.kernels.cpu import attend
+    from nexusquant.kernels.cpu.warmup import needed
+
+    def names(*groups: int) -> list[str]:
+        return [one.name for one in needed(groups, False) if one.name.startswith("attend")]
+
+    assert names(3) == ["attend-3"]
+    assert names(7, 1) == ["attend-1", "attend-8"]
+    assert names(71) == []
+    everything = needed(None, True)
+    assert len(everything) == len({one.name for one in everything}) == 5 + len(attend.ROWS) + 4
+
+
+def test_the_line_about_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compiling(groups: Any, storage: bool, progress: Any) -> Warmth:
+        for done in range(3):
+            progress(done, 3, "x")
+        return Warmth(("x",) * 3, 7, 2.34, "folder")
+
+    monkeypatch.setattr(ahead, "warm_up", compiling)
+    with progress_steps() as progress:
+        line = compile_kernels(progress, tiny_model(320))
+    assert line == "compiling kernels took 2.3 s, once on this machine"
+    assert capsys.readouterr().err == "compiling kernels for this CPU, once: 1 of 3\n"
+    monkeypatch.setattr(ahead, "warm_up", lambda *_: Warmth((), 7, 0.0, "folder"))
+    with progress_steps() as progress:
+        assert compile_kernels(progress, tiny_model(320)) == ""
+    assert capsys.readouterr().err == ""
