@@ -34,11 +34,10 @@ def main(arguments: list[str]) -> int:
     here = ["--no-deps", "--index-url", CPU_INDEX, "--retries", "1", "--timeout", "20"]
     if not install(f"torch=={version}", *here):
         return 0
-    print(
+    sys.stderr.write(
         f"There is no NVIDIA GPU here and no CPU build of torch {version} in reach: not on pip's"
         f" index, and {CPU_INDEX} did not give one.\n`make TORCH=any ...` installs what pip's index"
-        " has, with CUDA (several GB).",
-        file=sys.stderr,
+        " has, with CUDA (several GB).\n"
     )
     return 1
 

@@ -85,7 +85,8 @@ def environment(name: str, requirement: str) -> Path:
 
 
 def say(text: str) -> None:
-    print(f"== {text}", flush=True)
+    sys.stdout.write(f"== {text}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
