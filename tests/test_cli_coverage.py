@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import (
     BartConfig,
+    BloomConfig,
     BltConfig,
     FalconConfig,
     FalconH1Config,
-    GPTJConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -59,7 +59,7 @@ def test_doctor_needs_a_config_only(tmp_path: Path) -> None:
 
 def test_doctor_says_what_is_not_compressed(tmp_path: Path) -> None:
     said = {
-        GPTJConfig: "decoded for each pass: the model multiplies queries",
+        BloomConfig: "decoded for each pass: the model multiplies queries",
         MistralConfig: "sliding, 8 KV heads of 128, window of 4,096",
         MambaConfig: "has no attention layers. Nothing can be compressed.",
         FalconH1Config: "state and full",

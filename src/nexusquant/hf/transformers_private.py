@@ -11,7 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import transformers
@@ -170,13 +170,13 @@ def takes_every_name(model: nn.Module) -> Any:
     Returns:
         The handle of the hook, which torch.compile traces: it breaks no graph.
     """
-    name = cache_name(model)
+    hook = partial(_rename, cache_name(model))
+    return model.register_forward_pre_hook(hook, with_kwargs=True)
 
-    def rename(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        given = renamed(kwargs, name)
-        return None if given is kwargs else (args, given)
 
-    return model.register_forward_pre_hook(rename, with_kwargs=True)
+def _rename(name: str | None, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    given = renamed(kwargs, name)
+    return None if given is kwargs else (args, given)
 
 
 def generate_cache_name() -> str:
