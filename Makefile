@@ -1,6 +1,6 @@
 # make demo     a small real model answers with a plain and with a compressed cache
 # make test     lint, format, types, layering, tests
-# make quick    lint and the tests of the parts that everything rests on, between two edits
+# make quick    lint and the tests of the parts that everything rests on, in a minute, between two edits
 # make test-all the same as make test, with the slow tests
 # make smoke    what a user does, with the oldest and the newest transformers and the newest torch
 # make test-vllm the connector in vLLM on the CPU, in an environment of its own (4 GB, 10 minutes)
@@ -30,7 +30,13 @@ VLLM_STAMP := .venv-vllm/.installed
 
 # Tests run tiny models, which more threads slow down; one process per core instead.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
-QUICK := tests/hf/test_cache.py tests/hf/test_context.py tests/hf/test_transformers_private.py
+# What takes long and rests on what is left.
+LONG := cli_prefix fuzz prefix stores versions zoo hf/test_all_alike.py hf/test_compile.py hf/test_memory.py \
+	hf/test_generate.py hf/test_robustness.py hf/test_robustness_many.py test_kernel_warmup.py test_kvpress.py \
+	hf/test_threads.py hf/test_max_tokens.py hf/test_uneven_heads_of_models.py entropy/test_layer.py entropy/test_symbols.py \
+	nxq/test_nxq_damage.py test_promises.py test_guides.py test_doctest.py test_readme.py test_benchmarks.py test_calibration.py
+LONG_KINDS := test_gpu_* test_vllm_* test_cli* test_evaluate* hf/test_situations*
+QUICK := $(LONG:%=--ignore=tests/%) $(foreach kind,$(LONG_KINDS),--ignore-glob='tests/$(kind)')
 
 .PHONY: install demo test test-all test-vllm quick smoke bench check format clean
 
