@@ -34,7 +34,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 LONG := cli_prefix fuzz prefix stores versions zoo hf/test_all_alike.py hf/test_compile.py hf/test_memory.py \
 	hf/test_generate.py hf/test_robustness.py hf/test_robustness_many.py test_kernel_warmup.py test_kvpress.py \
 	hf/test_threads.py hf/test_max_tokens.py hf/test_uneven_heads_of_models.py entropy/test_layer.py entropy/test_symbols.py \
-	nxq/test_nxq_damage.py test_promises.py test_guides.py test_doctest.py test_readme.py test_benchmarks.py test_calibration.py
+	nxq/test_nxq_damage.py hf/test_odd_prompts.py hf/test_given_profiles.py test_loading.py test_promises.py test_guides.py test_doctest.py test_readme.py test_benchmarks.py test_calibration.py
 LONG_KINDS := test_gpu_* test_vllm_* test_cli* test_evaluate* hf/test_situations*
 QUICK := $(LONG:%=--ignore=tests/%) $(foreach kind,$(LONG_KINDS),--ignore-glob='tests/$(kind)')
 
