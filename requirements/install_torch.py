@@ -21,11 +21,13 @@ PIP = [sys.executable, "-m", "pip"]
 
 
 def main(arguments: list[str]) -> int:
+    if not arguments:
+        raise SystemExit(__doc__)
     pins, *options = arguments
     whatever = "--any" in options
     options = [option for option in options if option != "--any"]
     version = pinned(Path(pins))
-    if installed() in (version, f"{version}+cpu"):
+    if installed().partition("+")[0] == version:
         return 0
     if whatever or has_gpu() or not brings_cuda():
         return install(f"torch=={version}", *options)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import copy
+import gc
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,7 @@ def unchecked() -> Any:
     """Whatever a test hides, the next one looks anew."""
     yield
     private.check_transformers.cache_clear()
-    private._cache_name.cache_clear()
+    private._parameters.cache_clear()
 
 
 @pytest.fixture
@@ -151,9 +154,80 @@ def test_a_block_takes_the_cache_by_either_name(name: str) -> None:
         assert run.stats.compressed_layers == 3
 
 
-def test_both_names_at_once_are_left_to_transformers() -> None:
-    given = {"cache": 1, "past_key_values": 2}
-    assert private.renamed(given, "cache") is given
+@NAMES
+def test_a_name_without_a_cache_does_not_hide_the_other(name: str) -> None:
+    model, ids = tiny(), prompt(60)
+    cache = NexusCache(model, "high")
+    (other,) = {*private.CACHE_NAMES} - {name}
+    model(ids, **{name: cache, other: None})
+    model.model(ids[:, :1], **{other: cache, name: cache})
+    assert cache.get_seq_length() == 61
+    with nexusquant_evict(model, "high") as run:
+        model(ids, **{name: transformers.DynamicCache(config=model.config), other: None})
+    assert run.stats.compressed_layers == 3
+
+
+def test_two_caches_by_two_names_are_refused() -> None:
+    model = tiny()
+    first, second = NexusCache(model), NexusCache(model)
+    with pytest.raises(UnsupportedError, match="two caches were given, as 'cache' and as 'past"):
+        model(prompt(40), cache=first, past_key_values=second)
+    assert not first.get_seq_length()
+
+
+class HandsOn(LlamaForCausalLM):
+    """As wrappers and remote code do."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_a_forward_that_hands_on_what_it_gets() -> None:
+    model, ids = HandsOn(tiny().config).eval(), prompt(60)
+    cache = NexusCache(model, "high")
+    model(ids, None, None, cache)
+    assert cache.stats().compressed_layers == 3
+    with nexusquant_evict(model, "high") as run:
+        model.generate(ids, max_new_tokens=3)
+    assert run.stats.compressed_layers == 3
+
+
+# -- models that were copied while a cache or a block lived
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_works_like_the_model(copied: Any) -> None:
+    model, ids = tiny(eos_token_id=95), prompt(400)
+    with nexusquant_evict(model, "high"):
+        cache = NexusCache(model)
+        again = copied(model)
+    del cache
+    with nexusquant_evict(model, "high"):
+        expected = model(ids, labels=ids)
+    with nexusquant_evict(again, "high") as run:
+        found = again(ids, labels=ids)
+        assert torch.equal(found.logits, expected.logits)
+        assert torch.equal(found.loss, expected.loss)
+        again.generate(ids, max_new_tokens=8, prompt_lookup_num_tokens=3)
+    assert run.stats.compressed_layers == 3
+    del run, found
+    gc.collect()
+    assert not {private.VALIDATE, private.PREPARE_CACHE} & set(vars(again))
+    for module in again.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+
+
+def test_a_method_of_the_users_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    own = type(model)._prepare_cache_for_generation.__get__(model)
+    monkeypatch.setattr(model, private.PREPARE_CACHE, lambda *args, **kwargs: own(*args, **kwargs))
+    mine = vars(model)[private.PREPARE_CACHE]
+    cache = NexusCache(model)
+    assert vars(model)[private.PREPARE_CACHE] is mine
+    assert private.VALIDATE not in vars(model)
+    del cache
+    assert vars(model)[private.PREPARE_CACHE] is mine
 
 
 @pytest.mark.parametrize(

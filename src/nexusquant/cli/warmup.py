@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from nexusquant.cli.common import folder
+from nexusquant.errors import UnsupportedError
 
 
 def warmup(
@@ -19,6 +20,7 @@ def warmup(
 
     With MODEL only what a prompt and single tokens need under its config; no weights are loaded.
     """
+    from nexusquant.hf.coverage import cover
     from nexusquant.hf.kernels import query_groups
     from nexusquant.kernels.warmup import warm_up
     from nexusquant.loading import load_config
@@ -27,7 +29,10 @@ def warmup(
     with quiet_transformers(), progress_steps() as progress:
         groups = None
         if model is not None:
-            groups = query_groups(load_config(folder(model, progress)))
+            config = load_config(folder(model, progress))
+            if refused := cover(config).refused:
+                raise UnsupportedError(f"{model}: {refused}. It needs no kernels.")
+            groups = query_groups(config)
         made = warm_up(groups, model is None, kernel_report(progress))
     if not made.kernels:
         typer.echo("nothing to compile: without Numba (pip install numba) PyTorch does the work")

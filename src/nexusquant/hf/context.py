@@ -28,7 +28,7 @@ from nexusquant.hf.cache import (
     plain_cache,
     text_config,
 )
-from nexusquant.hf.install import Installation
+from nexusquant.hf.install import Installation, drop_copied_hooks
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.prepare import starters
 from nexusquant.hf.profiles import ProfileLike
@@ -140,6 +140,7 @@ starters.append(_start)
 
 def _attach(model: nn.Module) -> list[Any]:
     """Hook a model; returns what has a `remove`."""
+    drop_copied_hooks(model, _before, _after)
     return [
         model.register_forward_pre_hook(_before, with_kwargs=True),
         model.register_forward_hook(_after, with_kwargs=True, always_call=True),

@@ -27,6 +27,7 @@ from nexusquant.hf.transformers_private import (
     attention_tables,
     forget_attention,
     implementation,
+    rename_cache,
     set_implementation,
     takes_every_name,
 )
@@ -139,7 +140,20 @@ def _detached(fingerprint: str) -> Lease:
     return lease
 
 
+def drop_copied_hooks(model: nn.Module, *ours: Callable[..., Any]) -> None:
+    """Take out hooks that a copy of a model has from the one it was copied from.
+
+    They would run beside its own.
+    """
+    for module in model.modules():
+        for held in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(held.items()):
+                if getattr(hook, "func", hook) in ours:
+                    del held[key]
+
+
 def _hook_attention(model: nn.Module) -> list[Any]:
+    drop_copied_hooks(model, begin, finish, remember_attention, remember_block, rename_cache)
     within = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     handles: list[Any] = [
         *(takes_every_name(module) for module in within),

@@ -22,13 +22,15 @@ starters: list[Callable[[nn.Module, Any], None]] = []
 
 
 def prepare_generation(model: nn.Module) -> list[Any]:
-    """Stand before a model's methods; each has a `remove`."""
+    """Stand before a model's methods; each has a `remove`. None if some are somebody else's."""
     known = {VALIDATE: _Validate, PREPARE_CACHE: _Prepare}
-    return [
-        stand(model, name)
-        for name, stand in known.items()
-        if hasattr(type(model), name) and name not in vars(model)
-    ]
+    for name in known:
+        held = vars(model).get(name)
+        if held is not None and getattr(held, "__func__", 0) is getattr(type(model), name, None):
+            delattr(model, name)  # what a copy of a model has in place of ours
+    if any(name in vars(model) or not hasattr(type(model), name) for name in known):
+        return []
+    return [stand(model, name) for name, stand in known.items()]
 
 
 class _Before:

@@ -101,9 +101,26 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 @lru_cache(maxsize=512)
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
 def _cache_name(function: Callable[..., Any]) -> str | None:
-    known = inspect.signature(function).parameters
+    known = _parameters(function)
     return next((name for name in CACHE_NAMES if name in known), None)
+
+
+def _spelt_out(kind: Any) -> tuple[str, ...]:
+    """Parameters of `forward`; where it only hands on what it gets, of the one it hands it to."""
+    found = [_parameters(each.forward) for each in kind.__mro__ if "forward" in vars(each)]
+    named = (names for names in found if any(name in names for name in CACHE_NAMES))
+    return next(named, found[0] if found else ()) if _hands_on(kind.forward) else found[0]
+
+
+@lru_cache(maxsize=512)
+def _hands_on(function: Callable[..., Any]) -> bool:
+    kinds = [each.kind for each in inspect.signature(function).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def cache_name(model: Any) -> str | None:
@@ -111,8 +128,8 @@ def cache_name(model: Any) -> str | None:
 
     None if it has none by a known name; `cache_obstacle` says why.
     """
-    kind: Any = model if isinstance(model, type) else type(model)
-    return _cache_name(kind.forward)
+    known = _spelt_out(model if isinstance(model, type) else type(model))
+    return next((name for name in CACHE_NAMES if name in known), None)
 
 
 def cache_obstacle(kind: type[Any]) -> str:
@@ -151,17 +168,26 @@ def named_arguments(
     """All arguments of a forward call by name, the cache by the one that this model has."""
     given = dict(kwargs)
     if args:
-        names = list(inspect.signature(model.forward).parameters)
+        names = [name for name in _spelt_out(type(model)) if name != "self"]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
     return renamed(given, cache_name(model))
 
 
 def renamed(kwargs: dict[str, Any], name: str | None) -> dict[str, Any]:
-    """`kwargs` with the cache called `name`; as they are if they have it by that name."""
-    foreign = [known for known in CACHE_NAMES if known != name and known in kwargs]
-    if name is None or name in kwargs or not foreign:
+    """`kwargs` with the cache called `name` and by no other name.
+
+    Raises:
+        UnsupportedError: two different caches by two names.
+    """
+    if name is None or not any(known in kwargs for known in CACHE_NAMES if known != name):
         return kwargs
-    return {name if key in foreign else key: value for key, value in kwargs.items()}
+    caches = [kwargs[known] for known in CACHE_NAMES if kwargs.get(known) is not None]
+    if any(cache is not caches[0] for cache in caches):
+        raise UnsupportedError(
+            f"two caches were given, as {' and as '.join(map(repr, CACHE_NAMES))}: give one."
+        )
+    rest = {key: value for key, value in kwargs.items() if key not in CACHE_NAMES}
+    return {**rest, name: caches[0] if caches else None}
 
 
 def takes_every_name(model: nn.Module) -> Any:
@@ -170,11 +196,12 @@ def takes_every_name(model: nn.Module) -> Any:
     Returns:
         The handle of the hook, which torch.compile traces: it breaks no graph.
     """
-    hook = partial(_rename, cache_name(model))
+    hook = partial(rename_cache, cache_name(model))
     return model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _rename(name: str | None, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+def rename_cache(name: str | None, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook: the cache under `name`."""
     given = renamed(kwargs, name)
     return None if given is kwargs else (args, given)
 

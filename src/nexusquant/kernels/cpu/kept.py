@@ -77,12 +77,15 @@ class Kept(NullCache):
         """What was kept; None if there is nothing, or it is damaged."""
         path = self.path
         try:
-            data = b"" if path is None else path.read_bytes()
+            data = path.read_bytes() if path is not None and path.is_file() else b""
         except OSError:  # nothing there, or not for us: compiled again
             return None
         digest, payload = data[:_DIGEST], data[_DIGEST:]
-        whole = payload and blake2b(payload, digest_size=_DIGEST).digest() == digest
-        return payload if whole else None
+        return payload if payload and self._digest(payload) == digest else None
+
+    def _digest(self, payload: bytes) -> bytes:
+        """A file that has another kernel's name is damaged, too."""
+        return blake2b(self.name.encode() + b"\0" + payload, digest_size=_DIGEST).digest()
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled kernel; None to have it compiled."""
@@ -102,7 +105,7 @@ class Kept(NullCache):
             if path is None:
                 raise StoreError("this user has no home directory.")
             with atomic_file(path) as file:
-                file.write(blake2b(payload, digest_size=_DIGEST).digest() + payload)
+                file.write(self._digest(payload) + payload)
         except (OSError, StoreError) as error:
             _warn_once(str(error))
 
