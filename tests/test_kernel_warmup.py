@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, MambaConfig
+from typer.testing import CliRunner
 
 import nexusquant
-from nexusquant.errors import NexusQuantWarning
+from nexusquant.cli import app
+from nexusquant.errors import NexusQuantWarning, UnsupportedError
 from nexusquant.hf.kernels import query_groups
 from nexusquant.kernels import use_operator
 from nexusquant.kernels import warmup as ahead
@@ -70,9 +73,9 @@ def test_a_kernel_is_compiled_once_for_all_processes(make: Any) -> None:
     assert compilations(second) == 0
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign", "another's"])
 def test_a_damaged_file_is_compiled_again(make: Any, damage: str) -> None:
-    from nexusquant.kernels.cpu.kept import blake2b
+    from nexusquant.kernels.cpu.kept import Kept
 
     first = make()
     assert first.address
@@ -85,7 +88,8 @@ def test_a_damaged_file_is_compiled_again(make: Any, damage: str) -> None:
             "cut": bytes(data[:-100]),
             "flipped": bytes(data),
             "empty": b"",
-            "foreign": blake2b(foreign, digest_size=32).digest() + foreign,
+            "foreign": first.kept._digest(foreign) + foreign,
+            "another's": Kept("another")._digest(bytes(data[32:])) + bytes(data[32:]),
         }[damage]
     )
     second = make()
@@ -285,3 +289,17 @@ def test_the_line_about_it(
     with progress_steps() as progress:
         assert compile_kernels(progress, tiny_model(320)) == ""
     assert capsys.readouterr().err == ""
+
+
+def test_a_cpu_without_half_precision_is_left_to_the_reference() -> None:
+    """LLVM would end the process."""
+    code = "from nexusquant.kernels import operators; print(operators('cpu')['numba'])"
+    said = printed(code, NUMBA_CPU_NAME="generic")
+    assert platform.machine() not in ("x86_64", "AMD64") or "has no F16C" in said[0]
+
+
+def test_warm_up_of_a_model_that_cannot_be_compressed(tmp_path: Path) -> None:
+    MambaConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["warmup", str(tmp_path)])
+    assert isinstance(result.exception, UnsupportedError)
+    assert "has no attention layers" in str(result.exception)
