@@ -8,14 +8,21 @@ itself, and `run` is handed its address and that of its arguments.
 from __future__ import annotations
 
 import logging
+import platform
 import threading
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 from numba import njit, types
+from numba.core.registry import cpu_target
 
 from nexusquant.kernels.cpu.kept import Kept
+
+if platform.machine() in ("x86_64", "AMD64"):
+    _features = cpu_target.target_context.codegen().magic_tuple()[2]
+    if "+f16c" not in _features:  # LLVM would end the process, for want of a function in its place
+        raise ImportError("this CPU, or NUMBA_CPU_NAME, has no half-precision conversion (F16C)")
 
 _logger = logging.getLogger(__name__)
 _lock = threading.RLock()
