@@ -6,7 +6,7 @@ import pytest
 
 from nexusquant import evaluate
 from nexusquant.calibration import ensure_profile
-from nexusquant.demo import calibration_text, demo_text
+from nexusquant.demo import demo_text
 from nexusquant.loading import demo_model, load_model
 
 # preset: (ratio at least, KL at most). The KL is at most 1.3 times what `nexusquant evaluate demo`
@@ -19,7 +19,7 @@ BOUNDS = {
 @pytest.fixture(scope="module")
 def lab():
     model, tokenizer = load_model(demo_model(), "float32", "cpu")
-    ensure_profile(model, tokenizer, calibration_text())
+    ensure_profile(model, tokenizer)
     return model, tokenizer
 
 

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from nexusquant.config import CompressionConfig
 from nexusquant.entropy.profile import StoreProfile
-from nexusquant.errors import ConfigError, ProfileError
-from nexusquant.hf.cache import checked_model, compact_layers, text_config
+from nexusquant.errors import ConfigError
+from nexusquant.hf.automatic import automatic_profile, remember_tokenizer
+from nexusquant.hf.cache import checked_model, text_config
+from nexusquant.hf.collecting import show
 from nexusquant.hf.context import outside_blocks
 from nexusquant.hf.fingerprint import forget
-from nexusquant.hf.notices import Notices
-from nexusquant.hf.profiles import Collector, find_profile, remember_profile
+from nexusquant.hf.profiles import Collector, remember_profile
 from nexusquant.hf.store_profiles import (
     StoreCollector,
     find_store_profile,
     remember_store_profile,
     save_store_profile,
 )
-from nexusquant.hf.transformers_private import cache_argument
 from nexusquant.profile import Profile
 from nexusquant.statistics import MIN_DISTINCT, MIN_TOKENS
 
@@ -120,7 +118,6 @@ def _collect(
         raise ConfigError(
             f"this model takes {limit} tokens at most, but a profile needs {MIN_TOKENS} at a time."
         )
-    config = CompressionConfig(codec="exact", rope_page=collector.page)
     chosen = _pieces(tokenizer, texts, length, pieces)
     distinct = len(torch.cat(chosen, 1).unique())
     if distinct < MIN_DISTINCT:
@@ -128,21 +125,7 @@ def _collect(
             f"the texts have {distinct} different tokens, too few to tell directions apart; give"
             f" text with {MIN_DISTINCT} at least."
         )
-    device = "cpu" if model.device.type == "meta" else model.device  # offloaded: hooks move inputs
-    with outside_blocks(model):
-        for index, ids in enumerate(chosen):
-            report(f"piece {index + 1} of {len(chosen)}, {ids.shape[1]} tokens")
-            cache = DynamicCache(config=text_config(model))
-            compact_layers(cache, model, config, Notices(), collector)
-            read_prompt(model, ids.to(device), cache)
-    return sum(ids.shape[1] for ids in chosen)
-
-
-def read_prompt(model: Any, ids: Tensor, cache: Any) -> None:
-    """Fill a cache with the tokens `ids` (batch, tokens)."""
-    takes = inspect.signature(model.forward).parameters
-    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # the others cost gigabytes
-    model(ids, **cache_argument(model, cache), use_cache=True, **last)
+    return show(model, chosen, collector, report)
 
 
 def _need(name: str, value: Any, least: int) -> None:
@@ -153,24 +136,17 @@ def _need(name: str, value: Any, least: int) -> None:
 def ensure_profile(
     model: Any,
     tokenizer: Any,
-    text: str,
     *,
     rope_page: int = CompressionConfig.rope_page,
     report: Callable[[str], None] = lambda step: None,
 ) -> Profile | None:
-    """The profile that caches of `model` will use, built from `text` if there is none yet.
+    """The profile that caches of `model` use by default, before anything is timed or measured.
 
-    Without it the first cache measured would differ from the others: it builds the profile. None if
-    the text or the model's context is too short for one.
+    None if the model cannot be calibrated, with a warning.
     """
-    known = find_profile(model, rope_page)
-    if known is not None:
-        return known
-    report("building a profile, as none is stored (nexusquant calibrate)")
-    try:
-        return calibrate(model, tokenizer, [text], pieces=4, rope_page=rope_page, report=report)
-    except (ConfigError, ProfileError):
-        return None
+    model = checked_model(model)
+    remember_tokenizer(model, tokenizer)
+    return automatic_profile(model, rope_page, report)
 
 
 def ensure_store_profile(

@@ -60,6 +60,9 @@ def load_model(
         raise LoadError(f"{name}: {what}; give a model folder, a .gguf file or a hub id.")
     else:
         model, tokenizer = _load_hub(str(name), dtype)
+    from nexusquant.hf.automatic import remember_tokenizer
+
+    remember_tokenizer(model, tokenizer)
     return _place(model, device), tokenizer
 
 

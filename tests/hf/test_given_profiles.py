@@ -17,7 +17,14 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from nexusquant import NexusCache, ProfileError, load_profile, nexusquant_evict, save_profile
+from nexusquant import (
+    ConfigError,
+    NexusCache,
+    ProfileError,
+    load_profile,
+    nexusquant_evict,
+    save_profile,
+)
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.profile import Profile
 from nexusquant.profile_store import default_path
@@ -135,10 +142,10 @@ def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("given", [{}, [], 3, b"mine.safetensors"], ids=repr)
 def test_what_is_no_profile_at_all(given: Any, foreign: Profile) -> None:
-    message = rf"as a Profile or as the path .*not as {type(given).__name__}"
     for use in (NexusCache, enter):
-        with pytest.raises(ProfileError, match=message):
+        with pytest.raises(ConfigError, match="a profile's file, or a Profile"):
             use(tiny(), profile=given)
+    message = rf"as a Profile or as the path .*not as {type(given).__name__}"
     with pytest.raises(ProfileError, match=message):
         load_profile(given)
     with pytest.raises(ProfileError, match=message):

@@ -67,6 +67,7 @@ def demo(
         asked = question or lab.QUESTION
         ids = lab.encode_prompt(tokenizer, f"{used}\n\n{asked}")
         compiling = compile_kernels(progress, model)
+        _calibrate(model, tokenizer, config, progress)
         plain, compressed = _both_runs(model, tokenizer, ids, config, max_new_tokens, progress)
     console = Console()
     source = "Python language reference" if text is None else str(prompt_file)
@@ -146,6 +147,8 @@ def generate(
                 err=True,
             )
         compiling = compile_kernels(progress, network, storage=prefix is not None)
+        if opened is None:
+            _calibrate(network, tokenizer, config, progress)
         plain = None
         if compare:
             plain, run = _both_runs(
@@ -164,6 +167,20 @@ def generate(
     per_token = run.seconds_per_token
     speed = "" if per_token is None else f", then {1000 * per_token:.1f} ms per token"
     typer.echo(f"{run.stats}; first token after {run.first_token_seconds:.2f} s{speed}", err=True)
+
+
+def _calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: CompressionConfig,
+    progress: Steps,
+) -> None:
+    """What the first cache of a model would do, so that no time to the first token has it."""
+    from nexusquant.calibration import ensure_profile
+    from nexusquant.hf.profiles import default_mode
+
+    if config.codec == "e8" and config.transform == "klt" and default_mode() == "auto":
+        ensure_profile(model, tokenizer, rope_page=config.rope_page, report=progress.step)
 
 
 def _one_run(

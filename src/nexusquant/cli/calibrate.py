@@ -24,7 +24,7 @@ def calibrate(
         bool, typer.Option("--self", help="Learn from text that the model writes itself.")
     ] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens per piece of text.")] = 2048,
-    pieces: Annotated[int, typer.Option(min=1, help="Pieces to learn from, at most.")] = 8,
+    pieces: Annotated[int, typer.Option(min=1, help="Pieces to learn from, at most.")] = 10,
     rope_page: Annotated[
         int | None,
         typer.Option(
@@ -42,13 +42,16 @@ def calibrate(
 ) -> None:
     """Build the profile of a model, once: transforms and what errors in each head cost.
 
-    Without it the first prompt of every process builds one. Without --text or --self the text is
-    the Python language reference that every Python carries.
+    The first use of a model does so by itself, on less text. Without --text or --self it is the
+    text that this package brings along, ten kinds of it; with --store the Python language reference
+    that every Python carries.
     """
+    from nexusquant import corpus
     from nexusquant.calibration import calibrate as build
     from nexusquant.calibration import calibrate_store, own_text
     from nexusquant.config import CompressionConfig
     from nexusquant.demo import calibration_text
+    from nexusquant.hf.automatic import SOURCE
     from nexusquant.hf.store_profiles import save_store_profile
     from nexusquant.loading import load_model
     from nexusquant.profile_store import save_profile
@@ -71,8 +74,11 @@ def calibrate(
                 network, tokenizer, tokens=tokens, pieces=pieces, report=progress.step
             )
         else:
-            source = ", ".join(path.name for path in text or []) or "Python language reference"
-            contents = contents or [calibration_text()]
+            source = ", ".join(path.name for path in text or []) or (
+                "Python language reference" if store else SOURCE
+            )
+            ours = [calibration_text()] if store else [each.text for each in corpus.pieces()]
+            contents = contents or ours
         options: dict[str, Any] = {
             "tokens": tokens, "pieces": pieces, "source": source, "report": progress.step,
         }  # fmt: skip

@@ -78,9 +78,7 @@ def evaluate(
         compile_kernels(progress, network)
         bench = Bench(network, tokenizer, texts, configs, progress)
         for page in sorted({each.rope_page for each in configs.values()}):
-            ensure_profile(
-                network, tokenizer, lab.calibration_text(), rope_page=page, report=progress.step
-            )
+            ensure_profile(network, tokenizer, rope_page=page, report=progress.step)
         bench.need(prefix + continuation, f"--prefix {prefix} + --continuation {continuation}")
         if drift:
             bench.need(prefix + drift, f"--prefix {prefix} + --drift {drift}")

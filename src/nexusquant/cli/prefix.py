@@ -78,9 +78,10 @@ def pack(
     from transformers import DynamicCache
 
     from nexusquant import NexusCache
-    from nexusquant.calibration import ensure_store_profile, read_prompt
+    from nexusquant.calibration import ensure_store_profile
     from nexusquant.demo import calibration_text
     from nexusquant.hf.cache import text_config
+    from nexusquant.hf.collecting import read_prompt
     from nexusquant.loading import load_model
     from nexusquant.prefix.arguments import check_target
     from nexusquant.prefix.saving import save

@@ -211,8 +211,11 @@ class NexusCache(DynamicCache):
         model: the causal LM that will use it.
         quality: "lossless", "high" (= "conservative"), "balanced", "max" (= "aggressive"), or a
             `CompressionConfig`.
-        profile: the model's profile or its file. Default: the one that an earlier prompt of this
-            model built, else the one in the user's cache directory, else this prompt builds one.
+        profile: where the model's profile comes from if it is neither known in this process nor
+            stored in the user's cache directory. "auto" (default; `NEXUSQUANT_PROFILE` in the
+            environment says otherwise): the model is calibrated now, on text of this package, and
+            the profile stored. "first-prompt": the first long one builds one while it is
+            compressed, for this process. "none": coded without. Or a profile, or its file.
         **overrides: fields of `CompressionConfig`.
 
     Raises:

@@ -183,9 +183,11 @@ def nexusquant_evict(
             caches made inside keep working afterwards.
         quality: "lossless", "high" (= "conservative"), "balanced", "max" (= "aggressive"), or a
             `CompressionConfig`.
-        profile: the model's profile or its file. Default: the one that an earlier prompt of this
-            model built, else the one in the user's cache directory, else the first prompt builds
-            one.
+        profile: where the model's profile comes from if it is neither known in this process nor
+            stored in the user's cache directory. "auto" (default; `NEXUSQUANT_PROFILE` in the
+            environment says otherwise): the model is calibrated now, on text of this package, and
+            the profile stored. "first-prompt": the first long one builds one while it is
+            compressed, for this process. "none": coded without. Or a profile, or its file.
         **overrides: fields of `CompressionConfig`.
 
     Yields:

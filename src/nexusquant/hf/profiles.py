@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import nn
 
 from nexusquant.compressor import Chunk
 from nexusquant.config import CompressionConfig
-from nexusquant.errors import ProfileError
+from nexusquant.errors import ConfigError, ProfileError
 from nexusquant.frame import KeyFrame
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.math.e8 import GROUP
@@ -31,6 +32,15 @@ from nexusquant.statistics import (
 )
 
 ProfileLike = Profile | str | Path | None
+"""A profile, its file, or one of `MODES`; None: what `NEXUSQUANT_PROFILE` says, else "auto"."""
+
+MODES = ("auto", "first-prompt", "none")
+"""Where a profile comes from that is neither known nor stored: the model is calibrated on the
+package's own text before its first cache is used; the first long prompt builds it while it is
+compressed; or there is none."""
+
+FIRST_PROMPT = "first prompt"
+"""Source of profiles that a prompt has built."""
 
 _lock = threading.RLock()
 _known: weakref.WeakKeyDictionary[nn.Module, dict[int, Profile]] = weakref.WeakKeyDictionary()
@@ -132,8 +142,16 @@ class ProfileBook:
     ) -> ProfileBook:
         """The book of a new cache. Raises `ProfileError` as `find_profile` does."""
         wanted = config.codec == "e8" and config.transform == "klt"
-        find = wanted or given is not None  # a wrong one is refused even where unused
-        found = find_profile(model, config.rope_page, given) if find else None
+        mode = _mode(given)
+        if mode == "none":
+            return cls(model, config.rope_page, None, wanted=False)
+        if mode == "auto" and wanted:
+            from nexusquant.hf.automatic import automatic_profile  # which makes caches itself
+
+            return cls(model, config.rope_page, automatic_profile(model, config.rope_page))
+        find = wanted or mode is None  # a wrong one is refused even where unused
+        own = None if mode else given
+        found = find_profile(model, config.rope_page, own) if find else None
         return cls(model, config.rope_page, found if wanted else None, wanted)
 
     def obtain(
@@ -158,7 +176,7 @@ class ProfileBook:
         model = None if self._model is None else self._model()
         if self.profile is None and model is not None:
             self.profile = find_profile(model, self.page) or Profile(
-                fingerprint(model), self.page, "first prompt", _length(chunk)
+                fingerprint(model), self.page, FIRST_PROMPT, _length(chunk)
             )
         if self.profile is None or self.profile.complete:
             return self.profile
@@ -226,6 +244,36 @@ class Collector(ProfileBook):
             for index, parts in sorted(self.statistics.items())
         }
         return Profile(fingerprint(model), self.page, source, tokens, layers, True)
+
+
+def default_mode() -> str:
+    """Which of `MODES` is in force where nothing is given.
+
+    Raises:
+        ConfigError: `NEXUSQUANT_PROFILE` is none of them.
+    """
+    mode = os.environ.get("NEXUSQUANT_PROFILE") or "auto"
+    if mode not in MODES:
+        raise ConfigError(f"NEXUSQUANT_PROFILE={mode}: must be one of {', '.join(MODES)}.")
+    return mode
+
+
+def _mode(given: ProfileLike) -> str | None:
+    """One of `MODES`, None if `given` is a profile or a file.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if given is None:
+        return default_mode()
+    if isinstance(given, str) and given in MODES:
+        return given
+    if not isinstance(given, (Profile, str, Path)):
+        raise ConfigError(
+            f"profile={given!r}: must be one of {', '.join(map(repr, MODES))}, a profile's file, or"
+            " a Profile."
+        )
+    return None
 
 
 def _varied(chunk: Chunk) -> bool:

@@ -10,7 +10,7 @@ from nexusquant.errors import NexusQuantError
 from nexusquant.hf.cache import cache_stats
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
-from nexusquant.hf.profiles import ProfileBook, ProfileLike, find_profile
+from nexusquant.hf.profiles import ProfileBook, ProfileLike
 from nexusquant.hf.transformers_private import Cache
 from nexusquant.profile import Profile
 
@@ -24,7 +24,7 @@ class Run:
 
     def __init__(self, model: nn.Module, config: CompressionConfig, given: ProfileLike) -> None:
         self.config, self.notices = config, Notices()
-        self._given = given if given is None else find_profile(model, config.rope_page, given)
+        self._given = given
         self._book: ProfileBook | None = self.book(model)  # complains before anything runs
         self._cache: Cache | None = None
         self._last: CacheStats | None = None
