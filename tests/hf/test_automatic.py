@@ -17,6 +17,7 @@ from nexusquant.hf.notices import NexusQuantWarning, Notices
 from nexusquant.hf.profiles import FIRST_PROMPT, MODES, _known
 from tests.hf.models import prompt, tiny
 from tests.tiny_checkpoint import tiny_model, tiny_tokenizer
+from tests.zoo.builders import build
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +162,11 @@ def test_nothing_is_calibrated_for_codes_that_use_no_profile(
     monkeypatch.setattr(automatic, "show", lambda *_: pytest.fail("it calibrates"))
     assert NexusCache(model, transform="hadamard").profile is None
     assert NexusCache(model, codec="exact").profile is None
+
+
+def test_nothing_is_calibrated_for_models_of_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(automatic, "show", lambda *_: pytest.fail("it calibrates"))
+    assert NexusCache(build("deepseek_v3")).profile is None
 
 
 @pytest.mark.parametrize("given", [3, 0.5, ["auto"], True])

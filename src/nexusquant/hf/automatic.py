@@ -21,6 +21,7 @@ from nexusquant.errors import ConfigError, ProfileError
 from nexusquant.hf.cache import text_config
 from nexusquant.hf.collecting import show
 from nexusquant.hf.context import outside_blocks
+from nexusquant.hf.coverage import CODES, DECODED, KEPT, cover
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.profiles import FIRST_PROMPT, Collector, find_profile, remember_profile
 from nexusquant.profile import Profile
@@ -50,7 +51,7 @@ def automatic_profile(
 ) -> Profile | None:
     """The profile that caches of a model use by default: known, stored, or calibrated now.
 
-    None if it cannot be calibrated, with one warning.
+    None if it cannot be calibrated, with one warning, or if no layer would use one.
 
     Args:
         report: called with a line of text as each piece of text starts; default: one line in the
@@ -60,6 +61,8 @@ def automatic_profile(
         known = find_profile(model, page)
         if known is not None and known.source not in (FIRST_PROMPT, SAMPLED):
             return known
+        if not {CODES, DECODED, KEPT} & {layer.treatment for layer in cover(model.config).layers}:
+            return known  # all latents, or kept exact
         tokenizer = _tokenizer(model)
         if tokenizer is None and known is not None and known.source == SAMPLED:
             return known
