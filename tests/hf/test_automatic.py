@@ -126,11 +126,15 @@ def test_a_home_that_cannot_be_written_is_said_once(
     assert NexusCache(model).profile is first
 
 
-def test_a_model_that_cannot_be_calibrated_goes_by_its_first_prompt() -> None:
+def test_a_model_that_cannot_be_calibrated_goes_by_its_first_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny(max_position_embeddings=100)
     with pytest.warns(NexusQuantWarning, match="could not be calibrated .it takes 100 tokens"):
         cache = NexusCache(model, "high")
     assert cache.profile is None
+    monkeypatch.setattr(automatic, "_calibrated", lambda *_: pytest.fail("it tries again"))
+    NexusCache(model)
     with torch.no_grad():
         model(prompt(480), cache=cache)
     assert cache.profile is not None

@@ -38,12 +38,15 @@ _ROWS = 6  # texts that a model without a tokenizer samples, side by side
 
 _lock = threading.RLock()
 _tokenizers: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_failed: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+"""Key frames that a model could not be calibrated in: it is not tried again for every cache."""
 _notices = Notices()
 
 
 def remember_tokenizer(model: nn.Module, tokenizer: Any) -> None:
     """Calibrate `model` with this tokenizer; without, it is looked for beside the weights."""
     _tokenizers[model] = tokenizer
+    _failed.pop(model, None)
 
 
 def automatic_profile(
@@ -66,16 +69,19 @@ def automatic_profile(
         tokenizer = _tokenizer(model)
         if tokenizer is None and known is not None and known.source == SAMPLED:
             return known
+        if page in _failed.get(model, ()):
+            return known
         try:
             return _calibrated(model, page, tokenizer, report)
-        # A model of somebody's own may want other inputs than ids, and raise what it likes. Nothing
-        # is lost: its first prompt builds a profile, as one reads here.
+        # A forward pass of somebody else's model runs here, remote code included: what it raises is
+        # no closed list. Nothing is lost: its first prompt builds a profile, as one reads here.
         except Exception as error:
+            _failed.setdefault(model, set()).add(page)
             _notices.warn(
                 f"{type(model).__name__} could not be calibrated ({error}): the first long prompt"
                 " builds its profile. nexusquant.calibrate(model, tokenizer, texts) does better."
             )
-            return None
+            return known
 
 
 def _calibrated(
@@ -153,7 +159,8 @@ def _tokenizer(model: Any) -> Any:
         return None
     try:
         found = AutoTokenizer.from_pretrained(name, local_files_only=True)
-    # Whatever is wrong with it, there is a way to do without.
+    # Readers of tokenizer files and remote code raise what they like (OSError, KeyError, ...), no
+    # closed list. Nothing hangs on it: the model samples text instead, and the log says why.
     except Exception as error:
         _logger.info("no tokenizer for %s: %s", name, error)
         return None
