@@ -124,7 +124,7 @@ def unknown_output() -> Iterator[None]:
 @contextmanager
 def uniform_queries() -> Iterator[None]:
     """All pairs of query and key count the same in the keys' metric."""
-    with patch("nexusquant.hf.profiles.CALIBRATION", replace(CALIBRATION, influence=0.0)):
+    with patch("nexusquant.hf.collecting.CALIBRATION", replace(CALIBRATION, influence=0.0)):
         yield
 
 
@@ -177,7 +177,7 @@ def _reference() -> Iterator[None]:
 @contextmanager
 def tokens_alike() -> Iterator[None]:
     """All tokens count the same in the covariances."""
-    with patch("nexusquant.hf.profiles.CALIBRATION", replace(CALIBRATION, attended=0.0)):
+    with patch("nexusquant.hf.collecting.CALIBRATION", replace(CALIBRATION, attended=0.0)):
         yield
 
 

@@ -147,7 +147,7 @@ def test_one_piece_is_what_a_prompt_of_it_gives(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to the sampling, which has more time."""
-    monkeypatch.setattr("nexusquant.hf.profiles.CALIBRATION", PREFILL)
+    monkeypatch.setattr("nexusquant.hf.collecting.CALIBRATION", PREFILL)
     ids = tokenizer(text(1000), return_tensors="pt").input_ids[:, :600]
     profile = calibrate(model, tokenizer, [text(1000)], tokens=600, pieces=1)
     other = copy.deepcopy(model)  # has no profile

@@ -13,10 +13,10 @@ from nexusquant.entropy.profile import StoreProfile
 from nexusquant.errors import ConfigError
 from nexusquant.hf.automatic import automatic_profile, remember_tokenizer
 from nexusquant.hf.cache import checked_model, text_config
-from nexusquant.hf.collecting import show
+from nexusquant.hf.collecting import Collector, show
 from nexusquant.hf.context import outside_blocks
 from nexusquant.hf.fingerprint import forget
-from nexusquant.hf.profiles import Collector, remember_profile
+from nexusquant.hf.profiles import remember_profile
 from nexusquant.hf.store_profiles import (
     StoreCollector,
     find_store_profile,

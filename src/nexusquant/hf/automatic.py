@@ -19,11 +19,11 @@ from transformers import AutoTokenizer
 from nexusquant.corpus import pieces
 from nexusquant.errors import ConfigError, ProfileError
 from nexusquant.hf.cache import text_config
-from nexusquant.hf.collecting import show
+from nexusquant.hf.collecting import Collector, show
 from nexusquant.hf.context import outside_blocks
 from nexusquant.hf.coverage import CODES, DECODED, KEPT, cover
 from nexusquant.hf.notices import Notices
-from nexusquant.hf.profiles import FIRST_PROMPT, Collector, find_profile, remember_profile
+from nexusquant.hf.profiles import FIRST_PROMPT, find_profile, remember_profile
 from nexusquant.profile import Profile
 from nexusquant.profile_store import save_profile
 from nexusquant.statistics import MIN_DISTINCT, MIN_TOKENS

@@ -17,12 +17,10 @@ from nexusquant.config import CompressionConfig
 from nexusquant.errors import ConfigError, ProfileError
 from nexusquant.frame import KeyFrame
 from nexusquant.hf.fingerprint import fingerprint
-from nexusquant.math.e8 import GROUP
 from nexusquant.profile import Profile
 from nexusquant.profile_store import default_path, load_profile
 from nexusquant.residual import OutputSide
 from nexusquant.statistics import (
-    CALIBRATION,
     MIN_TOKENS,
     PREFILL,
     LayerStatistics,
@@ -180,7 +178,7 @@ class ProfileBook:
             )
         if self.profile is None or self.profile.complete:
             return self.profile
-        statistics = _statistics(chunk, frame, sinks, output(), PREFILL)
+        statistics = chunk_statistics(chunk, frame, sinks, output(), PREFILL)
         if statistics is not None:
             self.profile.layers[chunk.layer_idx] = statistics.profile()
         return self.profile
@@ -208,42 +206,6 @@ class ProfileBook:
     def attach(self, model: nn.Module) -> None:
         """Belong to `model`, after unpickling."""
         self._model = weakref.ref(model)
-
-
-class Collector(ProfileBook):
-    """Gathers statistics over several texts instead; knows no profile meanwhile."""
-
-    def __init__(self, model: nn.Module, page: int) -> None:
-        super().__init__(model, page)
-        self.statistics: dict[int, list[LayerStatistics]] = {}
-
-    def obtain(
-        self, chunk: Chunk, frame: KeyFrame, sinks: int, output: Callable[[], OutputSide] | None
-    ) -> Profile | None:
-        """Adds the chunk's statistics; of layers with a short window, few tokens of every text."""
-        dims = chunk.keys.shape[-1], chunk.values.shape[-1]
-        if output is not None and chunk.queries is not None and not any(d % GROUP for d in dims):
-            statistics = _statistics(chunk, frame, sinks, output(), CALIBRATION)
-            if statistics is not None:
-                self.statistics.setdefault(chunk.layer_idx, []).append(statistics)
-        return None
-
-    def profile_of(self, model: nn.Module, source: str, tokens: int) -> Profile:
-        """The profile of everything seen.
-
-        Raises:
-            ProfileError: nothing was seen.
-        """
-        if not self.statistics:
-            raise ProfileError(
-                "no text reached an attention layer of this model that can be compressed, so there"
-                " is nothing to build a profile from."
-            )
-        layers = {
-            index: LayerStatistics.mean(parts).profile()
-            for index, parts in sorted(self.statistics.items())
-        }
-        return Profile(fingerprint(model), self.page, source, tokens, layers, True)
 
 
 def default_mode() -> str:
@@ -287,7 +249,7 @@ def _length(chunk: Chunk) -> int:
     return chunk.keys.shape[2] if chunk.valid is None else int(chunk.valid.sum(-1).max())
 
 
-def _statistics(
+def chunk_statistics(
     chunk: Chunk, frame: KeyFrame, sinks: int, output: OutputSide, sampling: Sampling
 ) -> LayerStatistics | None:
     """None if they are not finite: such input is refused where it is coded."""

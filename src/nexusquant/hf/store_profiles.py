@@ -16,8 +16,8 @@ from nexusquant.entropy.profile import QueryMoments, StoreProfile, profile_from_
 from nexusquant.errors import ProfileError
 from nexusquant.folders import cache_dir
 from nexusquant.frame import KeyFrame
+from nexusquant.hf.collecting import Collector
 from nexusquant.hf.fingerprint import fingerprint
-from nexusquant.hf.profiles import Collector
 from nexusquant.profile import Profile
 from nexusquant.profile_store import digest_of, kept_path, profile_file, write
 from nexusquant.residual import OutputSide
