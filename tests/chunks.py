@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexusquant.compressor import Chunk, Stored
+from nexusquant.compressor import Chunk
 from nexusquant.config import CompressionConfig
 from nexusquant.kernels.base import spread
+from nexusquant.stored import Stored
 from nexusquant.tokens import CodedTokens, ExactTokens
 
 CPU = torch.device("cpu")
@@ -52,9 +53,14 @@ def slots_of(part: CodedTokens | ExactTokens, batch: int, heads: int) -> list[li
     return [[row[row >= 0].tolist() for row in heads] for heads in at]
 
 
+def behind_sinks(stored: Stored) -> list[CodedTokens | ExactTokens]:
+    """Tiers of the body and fresh tokens."""
+    return [*stored.body, *([stored.fresh] if stored.fresh else [])]
+
+
 def body_slots(stored: Stored, batch: int, heads: int) -> list[list[list[int]]]:
     """The same for all tiers of the body together, which must not overlap."""
-    tiers = [slots_of(part, batch, heads) for part in stored.body]
+    tiers = [slots_of(part, batch, heads) for part in behind_sinks(stored)]
     assert all(row == sorted(row) for tier in tiers for heads_ in tier for row in heads_)
     merged = [
         [sorted(slot for tier in tiers for slot in tier[b][h]) for h in range(heads)]
@@ -73,7 +79,7 @@ def decoded(part: CodedTokens | ExactTokens) -> tuple[Tensor, Tensor]:
 def dense(stored: Stored, shape: tuple[int, int, int], dim: int) -> tuple[Tensor, Tensor]:
     """Keys and values of the body by slot, (batch, heads, slots, dim), NaN where there are none."""
     out = [torch.full((*shape[:2], shape[2] + 1, dim), torch.nan) for _ in range(2)]
-    for part in stored.body:
+    for part in behind_sinks(stored):
         at = part.slots.positions(CPU).expand(shape[0], part.kv_heads, -1)
         at = spread(at, part.heads, shape[1], -1)
         where = torch.where(at < 0, shape[2], at)[..., None].expand(-1, -1, -1, dim)

@@ -168,7 +168,27 @@ def key_norm_ref(row: ScoreInputs) -> Tensor:
     return -row.keys[0].double().pow(2).sum(-1).sqrt()
 
 
+def expected_and_observed_ref(row: ScoreInputs) -> Tensor:
+    """Rank by rank sum, worth what that rank is worth to expected attention."""
+    _, kv_heads, n, _ = row.keys.shape
+    expected, group = expected_attention_ref(row), row.queries.shape[1] // kv_heads
+    scores = torch.zeros(kv_heads, n, dtype=torch.double)
+    for h in range(kv_heads):
+        queries = row.queries[0, h * group : (h + 1) * group, -256:]
+        observed = sum(attention_ref(q, row.keys[0, h], row).square().sum(0) for q in queries)
+        assert isinstance(observed, Tensor)
+
+        def place(x: Tensor, t: int) -> int:  # of equal ones the earlier is worth more
+            return int((x < x[t]).sum() + (x[t + 1 :] == x[t]).sum())
+
+        both = [place(expected[h], t) + place(observed, t) for t in range(n)]
+        for t in range(n):
+            scores[h, t] = expected[h].sort().values[place(torch.tensor(both), t)]
+    return scores
+
+
 REFERENCES = {
+    "expected_and_observed": expected_and_observed_ref,
     "snapkv": snapkv_ref,
     "key_key": key_key_ref,
     "expected_attention": expected_attention_ref,

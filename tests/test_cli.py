@@ -271,3 +271,26 @@ def test_calibrate_keeps_a_profile_that_is_found(
     status, _, err = run(*arguments, "--tokens", MIN_TOKENS - 1)
     assert status == 2
     assert f"--tokens {MIN_TOKENS - 1}: a profile needs at least {MIN_TOKENS}" in err
+
+
+def test_profile_of_a_command(
+    folder: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mode or a file, in force for what the command does; anything else is refused at once."""
+    monkeypatch.setenv("NEXUSQUANT_PROFILE", "first-prompt")  # put back behind this test
+    generate = ("generate", folder, "--prompt-file", story, "--max-new-tokens", 2, "--profile")
+    code, _, err = run(*generate, "frist-prompt")
+    assert code == 2
+    assert "--profile frist-prompt: must be one of auto, first-prompt, none" in err
+    file = tmp_path / "profile.safetensors"
+    text = tmp_path / "text.txt"
+    text.write_text("ABCDEFGH " + STORY * 20)
+    arguments = ("calibrate", folder, "--text", text, "--tokens", MIN_TOKENS, "--output", file)
+    assert run(*arguments)[0] == 0
+    for given in ("none", "auto", file):
+        assert run(*generate, given)[0] == 0
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(file.read_bytes()[:-9])
+    code, _, err = run(*generate, other)
+    assert code == 2
+    assert "other" in err

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from nexusquant.accounting import storage_bytes
-from nexusquant.compressor import Chunk, Stored, compress
+from nexusquant.compressor import Chunk, compress
 from nexusquant.errors import NonFiniteError
 from nexusquant.math.e8 import HEADROOM
 from nexusquant.scorers import SCORERS
+from nexusquant.stored import Stored
 from nexusquant.tokens import CodedTokens, ExactTokens
 from tests.chunks import (
     at_slots,
@@ -261,7 +262,7 @@ def test_sinks_beyond_fp16_keep_their_precision() -> None:
 def test_means_beyond_fp16_keep_their_precision() -> None:
     source = chunk()
     huge = Chunk(source.keys + 1e5, source.values, 0)
-    (body,) = compress(config(tiers=()), Stored(), huge).body
+    (body,) = compress(config(tiers=(), fresh_length=0), Stored(), huge).body
     assert isinstance(body, CodedTokens)
     assert body.key_centre.mean is not None
     assert body.key_centre.mean.dtype == torch.float32

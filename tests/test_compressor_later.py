@@ -7,10 +7,11 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from nexusquant.accounting import storage_bytes
-from nexusquant.compressor import Chunk, Stored, compress
+from nexusquant.compressor import Chunk, compress
 from nexusquant.errors import NonFiniteError
 from nexusquant.frame import KeyFrame
 from nexusquant.math.rope import RopeTable, Span
+from nexusquant.stored import Stored
 from nexusquant.tokens import CodedTokens
 from tests.chunks import CPU, at_slots, body_slots, chunk, config, decoded, dense, slots_of
 
@@ -63,7 +64,7 @@ def test_later_chunks_are_appended(codec: str, ratio: float, tiers: tuple[float,
 @pytest.mark.parametrize("tiers", [(), (0.3,), (0.12, 0.34)], ids=str)
 def test_decoded_tokens_go_to_the_second_tier(tiers: tuple[float, ...]) -> None:
     """Nobody knows how important they will be."""
-    settings = config(tiers=tiers)
+    settings = config(tiers=tiers, fresh_length=0)
     for past in (compress(settings, Stored(), chunk(40)), Stored()):
         new = compress(settings, past, chunk(9, start=40, queries=None, batch=2))
         grew = [

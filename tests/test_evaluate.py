@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from nexusquant import ConfigError, evaluate
+from nexusquant import ConfigError, NexusCache, evaluate
 
 
 def test_the_exact_codec_does_not_diverge(model, input_ids):
@@ -35,6 +36,27 @@ def test_fewer_bits_and_more_eviction_diverge_more(model, input_ids):
     poor = evaluate.divergence(model, input_ids, 150, "max")
     assert good.kl < poor.kl
     assert good.stats.compression_ratio < poor.stats.compression_ratio
+
+
+def test_tokens_are_decoded_one_by_one(model, input_ids):
+    """Against a loop by hand; what is decoded is compressed and counted."""
+    cache, plain = NexusCache(model, "high"), DynamicCache(config=model.config)
+    divergences = []
+    with torch.no_grad():
+        for piece in (input_ids[:, :100], *input_ids[:, 100:].split(1, dim=1)):
+            both = [model(piece, cache=each, use_cache=True).logits[0] for each in (plain, cache)]
+            full, ours = (torch.log_softmax(logits, -1) for logits in both)
+            divergences.append((full.exp() * (full - ours)).sum(-1))
+    expected = torch.cat(divergences[1:])
+    result = evaluate.divergence(model, input_ids, 100, "high")
+    assert result.kl == pytest.approx(expected.mean().item(), rel=1e-3)
+    assert result.p999 == pytest.approx(expected.quantile(0.999).item(), rel=1e-3)
+    assert result.final == cache.stats()
+    assert result.stats.tokens == 100
+    quick = evaluate.divergence(model, input_ids, 100, "high", step=100)
+    assert quick.kl < result.kl, "scored tokens see each other uncoded"
+    with pytest.raises(ConfigError, match="step=0: must be at least 1"):
+        evaluate.divergence(model, input_ids, 100, "high", step=0)
 
 
 @pytest.mark.parametrize("prefix", [0, 199, 500])

@@ -33,7 +33,8 @@ def test_buckets_are_what_a_plain_loop_finds(model, input_ids):
 
 def test_kept_exact_is_what_divergence_measures(model, input_ids):
     result = evaluate.drift(model, input_ids, PREFIX, "max", steps=STEPS, buckets=2)
-    one_pass = evaluate.divergence(model, input_ids[:, : PREFIX + STEPS], PREFIX, "max")
+    ids = input_ids[:, : PREFIX + STEPS]
+    one_pass = evaluate.divergence(model, ids, PREFIX, "max", step=STEPS)
     assert result.prefill_kl == pytest.approx(one_pass.kl, rel=1e-3)
     assert result.after_prefill == one_pass.stats
     first, last = result.buckets
@@ -43,7 +44,7 @@ def test_kept_exact_is_what_divergence_measures(model, input_ids):
 def test_decoded_tokens_are_compressed_and_cost_something(model, input_ids):
     result = evaluate.drift(model, input_ids, PREFIX, "max", steps=STEPS, buckets=2)
     assert result.after_steps.tokens == PREFIX + STEPS
-    # The last 4 of 100 wait for their block of 32; the others are coded, none in fp16.
+    # The last 4 of 100 wait for their block of 16; the others are coded, none in fp16.
     assert result.after_steps.nbytes < result.after_steps.fp16_nbytes / 4
     assert result.kl > 1.05 * result.prefill_kl
 

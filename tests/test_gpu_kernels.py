@@ -16,7 +16,7 @@ from tests.kernel_cases import INTERPRETED
 pytest.importorskip("triton", minversion=INTERPRETED)
 
 from nexusquant import NexusCache, kernels
-from nexusquant.compressor import Stored, compress
+from nexusquant.compressor import compress
 from nexusquant.errors import NonFiniteError
 from nexusquant.frame import KeyFrame
 from nexusquant.kernels.base import Entry, Request
@@ -27,6 +27,7 @@ from nexusquant.layout import RowLayout
 from nexusquant.mask import Mask
 from nexusquant.math.e8 import Book
 from nexusquant.slots import Slots
+from nexusquant.stored import Stored
 from nexusquant.tokens import ExactTokens
 from tests.attention_cases import exact_part, rope_frame
 from tests.chunks import ragged, shared, uneven

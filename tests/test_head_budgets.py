@@ -11,9 +11,10 @@ from torch import Tensor
 from nexusquant import NexusQuantSimple
 from nexusquant.accounting import storage_bytes, tensors_in
 from nexusquant.budget import Selection, select_tokens, split_heads, split_tiers
-from nexusquant.compressor import Stored, compress
+from nexusquant.compressor import compress
 from nexusquant.errors import ConfigError
 from nexusquant.slots import Slots
+from nexusquant.stored import Stored
 from nexusquant.tokens import CodedTokens, ExactTokens
 from tests.chunks import CPU, body_slots, dense, ragged, shared, uneven
 

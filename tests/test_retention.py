@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from nexusquant import CompressionConfig
-from nexusquant.compressor import Chunk, Stored, compress
+from nexusquant.compressor import Chunk, compress
 from nexusquant.frame import KeyFrame
 from nexusquant.retention import WINDOW, attention_received, retain
+from nexusquant.stored import Stored
 from tests.chunks import body_slots, shared, uneven
 
 FRAME = KeyFrame(None, 0)

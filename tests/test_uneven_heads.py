@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from nexusquant.accounting import storage_bytes
-from nexusquant.compressor import Stored, compress
+from nexusquant.compressor import compress
 from nexusquant.frame import KeyFrame
 from nexusquant.mask import Mask
 from nexusquant.retention import attention_received, retain
 from nexusquant.slots import Slots
+from nexusquant.stored import Stored
 from nexusquant.tokens import CodedTokens, ExactTokens
 from tests.attention_cases import NO_FRAME, Case, rope_frame
 from tests.chunks import CPU, body_slots, dense, ragged, shared, slots_of, uneven

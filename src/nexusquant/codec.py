@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from nexusquant.accounting import storage_bytes
-from nexusquant.compressor import Chunk, Stored, compress
+from nexusquant.compressor import Chunk, compress
 from nexusquant.config import CompressionConfig, resolve_config
 from nexusquant.errors import ConfigError
 from nexusquant.kernels.base import spread
+from nexusquant.stored import Stored
 from nexusquant.tokens import CodedTokens, Part
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,14 +11,14 @@ from nexusquant.budget import Selection, select_tokens, split_heads, split_tiers
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import NonFiniteError
 from nexusquant.frame import KeyFrame
-from nexusquant.plan import Coding, plan_coding
+from nexusquant.fresh import settled, with_fresh_tokens
+from nexusquant.plan import Coding, fresh_quantizers, plan_coding
 from nexusquant.profile import Profile
+from nexusquant.quantizer import Centre, Quantizer
 from nexusquant.scorers import ScoreInputs, checked_scores, get_scorer
-from nexusquant.slots import BatchFn, Slots
-from nexusquant.tokens import CodedTokens, ExactTokens, count_heads, gather_tokens
-
-_WORTH_A_COPY = 32
-Tokens = TypeVar("Tokens", CodedTokens, ExactTokens)
+from nexusquant.slots import Slots
+from nexusquant.stored import Stored
+from nexusquant.tokens import CodedTokens, ExactTokens, appended, gather_tokens
 
 
 @dataclass(frozen=True)
@@ -48,64 +46,6 @@ class Chunk:
     softcap: float | None = None
     layer_idx: int = 0
     received: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The compressed past of one layer. Immutable.
-
-    Attributes:
-        sinks: first tokens, uncoded.
-        body: everything else: tiers of codes, most important first, or one set of uncoded tokens;
-            behind them what only some heads have (`split_heads`), with codes tier by tier.
-    """
-
-    sinks: ExactTokens | None = None
-    body: tuple[CodedTokens, ...] | tuple[ExactTokens, ...] = ()
-
-    def parts(self) -> Iterator[CodedTokens | ExactTokens]:
-        """What holds tokens."""
-        if self.sinks is not None:
-            yield self.sinks
-        yield from (part for part in self.body if part.slots.count)
-
-    def map(self, fn: BatchFn) -> Stored:
-        """Apply a batch operation to everything stored."""
-        done: dict[int, Tensor] = {}
-
-        def once(x: Tensor) -> Tensor:  # all parts share their centres, and go on sharing them
-            if id(x) not in done:
-                done[id(x)] = fn(x)
-            return done[id(x)]
-
-        return self.with_body(
-            [part.map(once) for part in self.body], self.sinks and self.sinks.map(once)
-        )
-
-    def drop_before(self, slot: int) -> Stored:
-        """Without the tokens before `slot`, once enough of them are worth a copy."""
-        body = []
-        for part in self.body:
-            count = part.slots.leading_before(slot)
-            worth = count >= _WORTH_A_COPY or count == part.slots.count
-            body.append(part.drop(count) if count and worth else part)
-        return self.with_body(body)
-
-    def with_body(self, body: list[Any], sinks: ExactTokens | None = None) -> Stored:
-        """The same sinks (or others) with another body, less what only some heads had."""
-        body = [part for part in body if part.slots.count or part.heads is None]
-        return Stored(sinks or self.sinks, tuple(body))
-
-    @property
-    def count(self) -> float:
-        """Entries per head, of the longest batch row; the mean if heads differ."""
-        entries = sum(part.slots.count * part.kv_heads for part in self.parts())
-        return entries / self.kv_heads if entries else 0.0
-
-    @property
-    def kv_heads(self) -> int:
-        """KV heads of the layer. There must be a part."""
-        return count_heads(self.body or ([] if self.sinks is None else [self.sinks]))
 
 
 class _QueryRope:
@@ -152,8 +92,8 @@ def compress(
         if config.codec == "exact":
             parts = [_exact(chunk, at, chunk.keys.dtype, h) for h, at in split_heads(kept.kept)]
             old = [part for part in past.body if isinstance(part, ExactTokens)]
-            return Stored(sinks, _appended(old, parts))
-        return Stored(sinks, _encode(config, past, chunk, kept.kept, scores, frame, profile))
+            return Stored(sinks, appended(old, parts))
+        return _encode(config, replace(past, sinks=sinks), chunk, kept.kept, scores, frame, profile)
     except NonFiniteError as error:
         stop = chunk.start + chunk.keys.shape[2]
         where = f"layer {chunk.layer_idx}, tokens {chunk.start} to {stop - 1}"
@@ -214,6 +154,54 @@ def _select(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Entries:
+    """Kept tokens on their way to codes: keys in their frame, and values, both fp32.
+
+    Args:
+        keys, values: (batch, kv_heads, n, dim).
+        slots: (batch, heads or 1, n), -1 where empty.
+    """
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+
+    @staticmethod
+    def of(chunk: Chunk, index: Tensor, frame: KeyFrame) -> _Entries:
+        """The tokens of a chunk at `index` (batch, heads or 1, n), -1 where empty."""
+        empty = index < 0
+        everywhere = torch.arange(chunk.keys.shape[2], device=index.device).view(1, 1, -1)
+        keys = gather_tokens(frame.enter(chunk.keys, everywhere + chunk.start), index)
+        values = gather_tokens(chunk.values, index).float()
+        if bool(empty.any()):
+            keys, values = (x.masked_fill(empty[..., None], 0) for x in (keys, values))
+        return _Entries(keys, values, torch.where(empty, -1, index + chunk.start))
+
+    def all(self) -> Tensor:
+        """Every entry, as `coded` takes them."""
+        everything = torch.arange(self.slots.shape[-1], device=self.slots.device)
+        return torch.where(self.slots < 0, -1, everything)
+
+    def coded(
+        self,
+        entries: Tensor,
+        centres: tuple[Centre, Centre],
+        quantizers: tuple[Quantizer, Quantizer],
+    ) -> list[CodedTokens]:
+        """Those at `entries` (batch, heads or 1, m): a part of all heads, then those of some."""
+        wide = self.slots.expand(-1, entries.shape[1], -1)
+        parts = []
+        for heads, at in split_heads(entries):
+            slot = _at_heads(wide, heads).gather(2, at.clamp(min=0))
+            both = (_at_heads(x, heads) for x in (self.keys, self.values))
+            keys, values = (gather_tokens(x, at) for x in both)
+            pair = quantizers[0].of_heads(heads), quantizers[1].of_heads(heads)
+            slots = Slots.of(torch.where(at < 0, -1, slot))
+            parts.append(CodedTokens.encode(keys, values, slots, centres, pair))
+        return parts
+
+
 def _encode(
     config: CompressionConfig,
     past: Stored,
@@ -222,67 +210,63 @@ def _encode(
     scores: Tensor | None,
     frame: KeyFrame,
     profile: Profile | None,
-) -> tuple[CodedTokens, ...]:
+) -> Stored:
     """The kept tokens behind the past ones: tier by tier those of all heads, then the others."""
-    empty = (index < 0)[..., None]
-    slots = torch.where(index < 0, -1, index + chunk.start)
-    everywhere = torch.arange(chunk.keys.shape[2], device=index.device).view(1, 1, -1)
-    keys = gather_tokens(frame.enter(chunk.keys, everywhere + chunk.start), index)
-    values = gather_tokens(chunk.values, index).float()
-    if bool(empty.any()):
-        keys, values = keys.masked_fill(empty, 0), values.masked_fill(empty, 0)
+    entries = _Entries.of(chunk, index, frame)
+    decoded = chunk.queries is None and config.most_fresh > 0
+    past = past if decoded else settled(past)
     old = [part for part in past.body if isinstance(part, CodedTokens)]
+    known = Coding.of(old) if old else None
 
-    def code(coding: Coding) -> list[CodedTokens]:
-        if scores is None or len(coding.tiers) != len(config.tier_shares):  # as the past has them
-            members = _unscored(index, len(coding.tiers))
-        elif config.per_head:
-            members = split_tiers(scores, index.expand(-1, keys.shape[1], -1), config.tier_shares)
-        else:
-            members = split_tiers(scores, index, config.tier_shares)
-        new = []
-        for entries, (key, value) in zip(members, coding.tiers, strict=True):
-            wide = slots.expand(-1, entries.shape[1], -1)
-            for heads, at in split_heads(entries):
-                slot = _at_heads(wide, heads).gather(2, at.clamp(min=0))
-                new.append(
-                    CodedTokens.encode(
-                        gather_tokens(_at_heads(keys, heads), at),
-                        gather_tokens(_at_heads(values, heads), at),
-                        Slots.of(torch.where(at < 0, -1, slot)), coding.centres,
-                        (key.of_heads(heads), value.of_heads(heads)),
-                    )
-                )  # fmt: skip
-        return new
+    def add(coding: Coding) -> Stored:
+        if not decoded:
+            return behind(past, coding, _members(config, entries, index, scores, coding))
+        everything, most = entries.all(), config.most_fresh
+        early, late = everything[..., :-most], everything[..., -most:]
+        stored = past
+        if early.shape[-1] or coding is not known:
+            stored = behind(settled(past), coding, coding.unscored_members(early))
+        pair = fresh_quantizers(config, coding)
+        return with_fresh_tokens(config, stored, entries.coded(late, coding.centres, pair)[0])
 
-    def anew(all_alike: bool) -> list[CodedTokens]:
-        return code(plan_coding(config, keys, values, empty, profile, chunk.layer_idx, all_alike))
+    def behind(stored: Stored, coding: Coding, members: list[Tensor]) -> Stored:
+        parts = [
+            part
+            for some, tier in zip(members, coding.tiers, strict=True)
+            for part in entries.coded(some, coding.centres, tier)
+        ]
+        parts.sort(key=lambda part: part.heads is not None)
+        body = [part for part in stored.body if isinstance(part, CodedTokens)]
+        return stored.with_body(appended(body, parts))
+
+    def anew(all_alike: bool) -> Stored:
+        return add(
+            plan_coding(
+                config, entries.keys, entries.values, (entries.slots < 0)[..., None], profile,
+                chunk.layer_idx, all_alike,
+            )
+        )  # fmt: skip
 
     try:
-        new = code(Coding.of(old)) if old else anew(all_alike=False)
+        return add(known) if known else anew(all_alike=False)
     except NonFiniteError:  # out of reach of vectors that are all alike, if not worse
-        new = anew(all_alike=True)
-    return _appended(old, sorted(new, key=lambda part: part.heads is not None))
+        return anew(all_alike=True)
+
+
+def _members(
+    config: CompressionConfig,
+    entries: _Entries,
+    index: Tensor,
+    scores: Tensor | None,
+    coding: Coding,
+) -> list[Tensor]:
+    """Which entries each tier of a coding gets, (batch, heads or 1, n_tier)."""
+    if scores is None or len(coding.tiers) != len(config.tier_shares):  # as the past has them
+        return coding.unscored_members(entries.all())
+    wide = index.expand(-1, entries.keys.shape[1], -1) if config.per_head else index
+    return split_tiers(scores, wide, config.tier_shares)
 
 
 def _at_heads(x: Tensor, heads: tuple[int, ...] | None) -> Tensor:
     """x (batch, kv_heads, ...) at some of the heads, None for all."""
     return x if heads is None else x[:, list(heads)]
-
-
-def _appended(old: Sequence[Tokens], new: Sequence[Tokens]) -> tuple[Tokens, ...]:
-    """Every new part behind the old one that it continues; those that continue none come last."""
-    body: list[Tokens] = []
-    left = list(new)
-    for part in old:
-        at = next((i for i, more in enumerate(left) if more.continues(part)), None)
-        body.append(part if at is None else part.append(left.pop(at)))
-    return tuple(body + left)
-
-
-def _unscored(index: Tensor, tiers: int) -> list[Tensor]:
-    """Nobody knows how important decoded tokens will be: the second tier of several is for them."""
-    everything = torch.arange(index.shape[-1], device=index.device).expand_as(index)
-    everything = torch.where(index < 0, -1, everything)
-    nothing = everything[..., :0]
-    return [everything if i == min(1, tiers - 1) else nothing for i in range(tiers)]

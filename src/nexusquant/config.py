@@ -48,8 +48,13 @@ class CompressionConfig:
         rope_page: keys are un-rotated to the start of their page of this many positions:
             1 removes RoPE altogether, 0 leaves it on.
         residual_length: the uncoded tail is compressed when it reaches this many tokens. Only
-            forward passes over at least as many tokens evict, each from a chunk of its own (what
-            was left in the tail included); decoded tokens are only coded.
+            forward passes over at least as many tokens, and as many as `recent`, evict, each from a
+            chunk of its own (what was left in the tail included); decoded tokens are only coded.
+            Once something is compressed, the tail of an fp32 model is kept in 16 bits.
+        fresh_length: decoded tokens are fresh, and coded with more bits, until there are more than
+            so many of them; then the older ones, all but half as many, are coded once more, like
+            the others. With `max_tokens`, no more than a quarter of those are fresh. 0 for none.
+        fresh_bits: bits per element that a fresh token gets beyond `key_bits` and `value_bits`.
         max_tokens: most tokens stored per head and full-attention layer, uncoded tail not counted.
             When a block makes it more, those that the latest queries attend to least are dropped,
             so a generation of any length takes bounded memory, but for the 4 bytes of every
@@ -74,7 +79,7 @@ class CompressionConfig:
     """
 
     evict_ratio: float = 0.0
-    scorer: str = "expected_attention"
+    scorer: str = "expected_and_observed"
     per_head: bool = True
     head_safeguard: float = 1.0
     sinks: int = 4
@@ -83,11 +88,13 @@ class CompressionConfig:
     key_bits: float = 2
     value_bits: float = 2
     allocation: str = "joint"
-    tiers: tuple[float, ...] = (0.12, 0.34)
+    tiers: tuple[float, ...] = (0.05, 0.15, 0.35)
     tier_bits: float = 1.0
     transform: str = "klt"
     rope_page: int = 32
-    residual_length: int = 32
+    residual_length: int = 8
+    fresh_length: int = 128
+    fresh_bits: float = 2.5
     max_tokens: int | None = None
     levels: str = "companded"
     overload: float = 1.0
@@ -142,6 +149,9 @@ class CompressionConfig:
         need(
             number("residual_length") and self.residual_length >= 1, "residual_length", "at least 1"
         )
+        fresh = number("fresh_length") and self.fresh_length >= 0
+        need(fresh, "fresh_length", "an integer of at least 0")
+        need(number("fresh_bits", real) and 0 <= self.fresh_bits <= 8, "fresh_bits", "from 0 to 8")
         least = self.sinks + self.recent + 1
         need(
             self.max_tokens is None or (number("max_tokens") and self.max_tokens >= least),
@@ -159,6 +169,18 @@ class CompressionConfig:
         """What noise costs in every tier, relative to the last: one bit is a factor of 4."""
         last = len(self.tiers)
         return tuple(4.0 ** (self.tier_bits * (last - i)) for i in range(last + 1))
+
+    @property
+    def least_scored(self) -> int:
+        """Tokens of a forward pass that is scored: the last `recent` of any would all be kept."""
+        return max(self.residual_length, self.recent)
+
+    @property
+    def most_fresh(self) -> int:
+        """Tokens that are fresh at most, 0 for none."""
+        if self.max_tokens is None or not self.fresh_bits:
+            return self.fresh_length if self.fresh_bits else 0
+        return min(self.fresh_length, (self.max_tokens - self.sinks) // 4)
 
     def to_json(self) -> str:
         """The config as a JSON object, keys sorted."""
@@ -185,14 +207,14 @@ class CompressionConfig:
         return replace(self, **overrides)
 
 
-_HIGH = CompressionConfig(key_bits=1.41, value_bits=1.41)
+_HIGH = CompressionConfig(key_bits=1.49, value_bits=1.49)
 _MAX = CompressionConfig(evict_ratio=0.45, key_bits=0.67, value_bits=0.67)
 
 PRESETS: dict[str, CompressionConfig] = {
     "lossless": CompressionConfig(key_bits=2.15, value_bits=2.15),
     "high": _HIGH,
     "conservative": _HIGH,
-    "balanced": CompressionConfig(evict_ratio=0.3, key_bits=1.16, value_bits=1.16),
+    "balanced": CompressionConfig(evict_ratio=0.15, key_bits=0.97, value_bits=0.97),
     "max": _MAX,
     "aggressive": _MAX,
 }

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nexusquant.allocation import uniform_costs
-from nexusquant.config import CompressionConfig
+from nexusquant.config import MAX_BITS, CompressionConfig
 from nexusquant.errors import NonFiniteError, ProfileError
+from nexusquant.math.e8 import GROUP
 from nexusquant.math.gains import LIMIT
-from nexusquant.profile import SIDES, Budget, Profile
+from nexusquant.profile import SIDES, Budget, Layouts, Profile
 from nexusquant.quantizer import Basis, Centre, Orthonormal, Profiled, Quantizer
 from nexusquant.tokens import CodedTokens
 
@@ -41,6 +43,16 @@ class Coding:
             [(part.key_quantizer, part.value_quantizer) for part in tiers],
         )
 
+    @property
+    def unscored(self) -> int:
+        """The tier of tokens that nobody knows the importance of: the second of several."""
+        return min(1, len(self.tiers) - 1)
+
+    def unscored_members(self, entries: Tensor) -> list[Tensor]:
+        """Per tier which entries (..., n) are in it: all in that one."""
+        nothing = entries[..., :0]
+        return [entries if i == self.unscored else nothing for i in range(len(self.tiers))]
+
 
 def plan_coding(
     config: CompressionConfig,
@@ -64,19 +76,10 @@ def plan_coding(
         ProfileError: a profile of other shapes.
     """
     known = profile is not None and layer in profile.layers and config.transform == "klt"
-    budget = Budget(
-        config.key_bits, config.value_bits,
-        config.allocation == "joint" and known and config.key_bits == config.value_bits,
-        config.tier_shares, config.tier_factors,
-    )  # fmt: skip
     sides = (keys, values)
     if known and profile is not None:
         _check_shapes(profile, layer, sides)
         bases: list[Basis] = [Profiled(profile, layer, side) for side in ("key", "value")]
-        if config.allocation == "uniform":
-            layouts = budget.layouts([_uniform(keys, values)])[0]
-        else:
-            layouts = profile.layouts(layer, budget)
         centres = [
             _profiled_centre(x, empty, basis, all_alike)
             for x, basis in zip(sides, bases, strict=True)
@@ -84,14 +87,69 @@ def plan_coding(
     else:
         name = "hadamard" if config.transform == "klt" else config.transform
         bases = [Orthonormal(name, x.shape[-1]) for x in sides]
-        layouts = budget.layouts([_uniform(keys, values)])[0]
-        least = int(config.residual_length * (1 - config.evict_ratio)) - config.sinks
+        least = int(config.least_scored * (1 - config.evict_ratio)) - config.sinks
         centres = [_own_centre(x, empty, max(least, 1)) for x in sides]
+    shapes = [(x.shape[1], x.shape[-1]) for x in sides]
+    layouts = _layouts(config, bases, shapes, config.tier_shares, config.tier_factors)
     key, value = (
         [Quantizer(pair[i], bases[i], config.levels, config.overload) for pair in layouts]
         for i in (0, 1)
     )
     return Coding((centres[0], centres[1]), list(zip(key, value, strict=True)))
+
+
+def with_profile(config: CompressionConfig, coding: Coding, profile: Profile) -> Coding:
+    """The same code space, where `profile` has it, and row layouts as `config` says."""
+    key, value = coding.tiers[0]
+    shapes = [(x.layout.heads, GROUP * x.layout.groups) for x in (key, value)]
+    bases = [
+        Profiled(profile, x.basis.layer, x.basis.side) if isinstance(x.basis, Profiled) else x.basis
+        for x in (key, value)
+    ]
+    layouts = _layouts(config, bases, shapes, config.tier_shares, config.tier_factors)
+    return Coding(
+        coding.centres,
+        [
+            (
+                replace(key, layout=pair[0], basis=bases[0]),
+                replace(value, layout=pair[1], basis=bases[1]),
+            )
+            for pair in layouts
+        ],
+    )
+
+
+def fresh_quantizers(config: CompressionConfig, coding: Coding) -> tuple[Quantizer, Quantizer]:
+    """For tokens that stay fresh, in the code space of others; never at fewer bits than those."""
+    final = coding.tiers[coding.unscored]
+    shapes = [(x.layout.heads, GROUP * x.layout.groups) for x in final]
+    finer = config.replace(
+        **{f"{side}_bits": min(getattr(config, f"{side}_bits") + config.fresh_bits, MAX_BITS)
+           for side in SIDES}
+    )  # fmt: skip
+    layouts = _layouts(finer, [x.basis for x in final], shapes, (1.0,), (1.0,))[0]
+    if sum(x.row_bytes for x in layouts) <= sum(x.layout.row_bytes for x in final):
+        return final
+    key, value = (replace(x, layout=y) for x, y in zip(final, layouts, strict=True))
+    return key, value
+
+
+def _layouts(
+    config: CompressionConfig,
+    bases: Sequence[Basis],
+    shapes: Sequence[tuple[int, int]],
+    shares: tuple[float, ...],
+    factors: tuple[float, ...],
+) -> list[Layouts]:
+    """Per tier those of keys and values, whose (heads, dim) are `shapes`."""
+    basis, alike = bases[0], config.key_bits == config.value_bits
+    profiled = isinstance(basis, Profiled)
+    joint = config.allocation == "joint" and profiled and alike
+    budget = Budget(config.key_bits, config.value_bits, joint, shares, factors)
+    if isinstance(basis, Profiled) and config.allocation != "uniform":
+        return basis.profile.layouts(basis.layer, budget)
+    key, value = (uniform_costs(*shape) for shape in shapes)
+    return budget.layouts([(key, value)])[0]
 
 
 def _check_shapes(profile: Profile, layer: int, sides: tuple[Tensor, Tensor]) -> None:
@@ -103,11 +161,6 @@ def _check_shapes(profile: Profile, layer: int, sides: tuple[Tensor, Tensor]) ->
                 f" {layer}, the model has {x.shape[1]} of {x.shape[-1]}: it is another model's, or"
                 " damaged. Build one with `nexusquant calibrate`."
             )
-
-
-def _uniform(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    key, value = (uniform_costs(x.shape[1], x.shape[-1]) for x in (keys, values))
-    return key, value
 
 
 def _own_centre(x: Tensor, empty: Tensor, enough: int) -> Centre:

@@ -7,7 +7,7 @@ to the attention output. Row layouts follow from it for every budget. Built by
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,14 +63,19 @@ class LayerProfile:
     def costs(self, shared: Shared) -> tuple[Tensor, Tensor]:
         """(kv_heads, groups, 2) of keys and of values, as in `allocate`: damage per squared error.
 
+        All heads weigh alike here: what each one weighs in a few texts was measured, but to go by
+        that, or halfway, made others worse (docs/results/2026-11-29-user-protocol.md).
+        """
+        key = torch.full_like(self.key.weight, shared.key)
+        value = torch.full_like(self.value.weight, shared.value * self.inverse_residual)
+        return _costs(key, self.key), _costs(VALUE_SHARE * value, self.value)
+
+    def weights(self, shared: Shared) -> tuple[Tensor, Tensor]:
+        """(kv_heads,) of keys and of values, for storage: damage per unit of noise.
+
         The measured weight of a head is a noisy, prompt-dependent estimate, so it is averaged
         geometrically with what a head of unknown behaviour would get (`Shared`).
         """
-        key, value = self.weights(shared)
-        return _costs(key, self.key), _costs(value, self.value)
-
-    def weights(self, shared: Shared) -> tuple[Tensor, Tensor]:
-        """(kv_heads,) of keys and of values, as in `costs`: damage per unit of noise."""
         key = (self.key.weight * shared.key).sqrt()
         value = (self.value.weight * self.inverse_residual * shared.value).sqrt() * VALUE_SHARE
         return key, value
@@ -189,6 +194,10 @@ class Profile:
         if key not in self._devices:
             self._devices[key] = found.to(device)
         return self._devices[key]
+
+    def alone(self) -> Profile:
+        """The same, but every layer has its own budget, as while the profile is being built."""
+        return replace(self, complete=False, _layouts={})
 
     def layouts(self, layer: int, budget: Budget) -> list[Layouts]:
         """Row layouts of a layer's keys and values, per tier.

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nexusquant.compressor import Stored
 from nexusquant.frame import KeyFrame
 from nexusquant.kernels.base import spread
+from nexusquant.stored import Stored
 from nexusquant.tokens import CodedTokens, Part
 
 WINDOW = 32
@@ -34,8 +34,9 @@ def retain(
 
     Args:
         queries: (batch, query_heads, q_len, dim) post-RoPE, behind all stored tokens.
-        recent_from: slots from here on stay, also where that takes more than `limit`: a part has
-            the same number of entries in every head, whichever parts their recent tokens are in.
+        recent_from: slots from here on stay, as do fresh tokens, also where that takes more than
+            `limit`: a part has the same number of entries in every head, whichever parts their
+            recent tokens are in.
 
     The tokens that go are those with the least mean attention in their part; apart from recent
     tokens every part shrinks by the same factor, so the mean rate stays, and so do the shares of
@@ -43,10 +44,10 @@ def retain(
     """
     if stored.count <= limit or not stored.body:
         return stored
-    sinks = 0 if stored.sinks is None else stored.sinks.slots.count
+    fixed = [part.slots.count for part in (stored.sinks, stored.fresh) if part is not None]
     scores = attention_received(stored, queries[:, :, -WINDOW:], frame, scaling, softcap)
     parts: list[Part] = list(stored.body)
-    quotas = _quotas(parts, max(limit - sinks, 0) * stored.kv_heads, recent_from)
+    quotas = _quotas(parts, max(limit - sum(fixed), 0) * stored.kv_heads, recent_from)
     body = []
     for part, score, keep in zip(parts, scores, quotas, strict=True):
         if part.slots.count > keep:
@@ -86,7 +87,8 @@ def attention_received(
     """Mean attention weight of every stored token, (batch, heads of the part, n) per body part."""
     logits, kv_heads = [], stored.kv_heads
     everyone = queries.float().unflatten(1, (kv_heads, -1)).flatten(2, 3) * scaling
-    parts = (*([stored.sinks] if stored.sinks else []), *stored.body)
+    before = [stored.sinks] if stored.sinks else []
+    parts = [*before, *stored.body, *([stored.fresh] if stored.fresh else [])]
     for part in parts:
         at = part.slots.positions(part.device)
         coded = isinstance(part, CodedTokens)
@@ -99,4 +101,4 @@ def attention_received(
     weights = torch.cat(logits, -1).softmax(-1).mean(2)
     pieces = zip(parts, weights.split([x.shape[-1] for x in logits], -1), strict=True)
     own = [x if part.heads is None else x[:, list(part.heads)] for part, x in pieces]
-    return own[len(own) - len(stored.body) :]
+    return own[len(before) : len(before) + len(stored.body)]

@@ -6,8 +6,9 @@ Where heads keep different numbers of tokens, a layer also has parts that hold o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -277,6 +278,17 @@ class CodedTokens:
 
 
 Part = CodedTokens | ExactTokens
+Tokens = TypeVar("Tokens", CodedTokens, ExactTokens)
+
+
+def appended(old: Sequence[Tokens], new: Sequence[Tokens]) -> tuple[Tokens, ...]:
+    """Every new part behind the old one that it continues; those that continue none come last."""
+    left = list(new)
+    parts: list[Tokens] = []
+    for part in old:
+        at = next((i for i, more in enumerate(left) if more.continues(part)), None)
+        parts.append(part if at is None else part.append(left.pop(at)))
+    return tuple(parts + left)
 
 
 def count_heads(parts: Iterable[Part]) -> int:

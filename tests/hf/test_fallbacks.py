@@ -105,7 +105,7 @@ def test_non_finite_weights_name_the_layer(bad: float, weight: str, tokens: int)
     getattr(model.model.layers[1].self_attn, weight).weight.data[3] = bad
     with (
         pytest.raises(NonFiniteError, match=f"layer 1, tokens 0 to {tokens - 1}"),
-        nexusquant_evict(model, residual_length=2),
+        nexusquant_evict(model, residual_length=2, recent=2),
     ):
         generate(model, prompt(tokens))
 

@@ -25,7 +25,9 @@ def test_memory_stops_growing(kind: str, settings: dict[str, object]) -> None:
         assert bool(logits.isfinite().all())
         assert cache.stats().kept_tokens <= 64 + 8
         sizes.append(cache.nbytes - 4 * cache.get_seq_length())  # a position per token remains
-    assert max(sizes[1:]) <= 1.1 * sizes[0]  # decoded tokens are coded better than most
+    # Decoded tokens are coded better than most, a quarter of all much better; what left a window
+    # of 24 tokens goes 32 at a time.
+    assert max(sizes[1:]) <= (1.15 if kind == "llama" else 1.3) * sizes[0]
     assert cache.get_seq_length() == 200 + 6 * 16
 
 

@@ -275,7 +275,9 @@ def test_an_error_inside_the_exact_attention_function(
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
-@pytest.mark.parametrize("what", ["hf.attention.attend", "hf.layer.compress", "compressor._scores"])
+@pytest.mark.parametrize(
+    "what", ["hf.attention.attend", "hf.compressing.compress", "compressor._scores"]
+)
 def test_an_error_inside_our_own_arithmetic(
     what: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,10 +12,11 @@ from transformers import DynamicCache
 
 from nexusquant import CompressionConfig, NexusCache, UnsupportedError, nexusquant_evict
 from nexusquant.accounting import storage_bytes
-from nexusquant.compressor import Stored, compress
+from nexusquant.compressor import compress
 from nexusquant.frame import KeyFrame
 from nexusquant.hf.snapshot import Snapshot
 from nexusquant.slots import Slots
+from nexusquant.stored import Stored
 from nexusquant.tokens import ExactTokens
 from tests.chunks import ragged, shared, uneven
 from tests.hf.models import (

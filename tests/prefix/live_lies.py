@@ -19,7 +19,7 @@ from tests.hf.models import left_padded, prompt, tiny
 from tests.prefix.live_cases import UNEVEN, feed, loaded
 from tests.zoo.builders import build
 
-KINDS = ("profile", "plain", "uneven", "exact", "sliding", "bounded", "hybrid")
+KINDS = ("profile", "plain", "uneven", "exact", "sliding", "bounded", "hybrid", "fresh")
 Path = tuple[str | int, ...]
 
 
@@ -42,7 +42,7 @@ def case(kind: str) -> tuple[Any, NexusCache]:
     lengths = {"profile": [500], "uneven": [440, 300], "exact": [440, 300]}
     ids, mask = left_padded(lengths.get(kind, [70, 40]))
     feed(lively, cache, ids, mask)
-    feed(lively, cache, prompt(5, len(ids)))
+    feed(lively, cache, prompt(25 if kind == "fresh" else 5, len(ids)))
     return lively, cache
 
 

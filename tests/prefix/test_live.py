@@ -243,7 +243,7 @@ def test_a_real_model(preset: str, tmp_path: Path) -> None:
             again = load_live(reader, model)
         assert live_streams(again) == live_streams(cache)
     assert again.nbytes == cache.nbytes
-    assert sizes["zstd"] < sizes["raw"] < 1.06 * cache.nbytes
+    assert sizes["zstd"] < sizes["raw"] < 1.08 * cache.nbytes
     for start, stop in ((900, 901), (901, 902), (902, 960)):
         assert torch.equal(*(feed(model, x, ids[:, start:stop]) for x in (cache, again)))
     mine, theirs = (generate(model, ids[:, :961], 40, cache=x) for x in (cache, again))

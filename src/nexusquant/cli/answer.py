@@ -22,6 +22,7 @@ from nexusquant.cli.common import (
     read,
 )
 from nexusquant.cli.prefix import StoreProfileFile, StoreUrl, behind
+from nexusquant.cli.profiles import ProfileOption, check_profile, prepare_profile
 from nexusquant.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def demo(
         int, typer.Option(min=1, help="How much of the text is used, in tokens.")
     ] = 3000,
     max_new_tokens: MaxNewTokens = 48,
+    profile: ProfileOption = None,
 ) -> None:
     """Ask a small real model about a long text, with a plain and with a compressed cache.
 
@@ -50,6 +52,7 @@ def demo(
     from nexusquant.config import resolve_config
 
     config = resolve_config(quality)
+    check_profile(profile)
     text = None if prompt_file is None else read(prompt_file)
     from nexusquant import demo as lab
     from nexusquant.loading import load_model
@@ -67,7 +70,7 @@ def demo(
         asked = question or lab.QUESTION
         ids = lab.encode_prompt(tokenizer, f"{used}\n\n{asked}")
         compiling = compile_kernels(progress, model)
-        _calibrate(model, tokenizer, config, progress)
+        prepare_profile(model, tokenizer, [config], profile, progress)
         plain, compressed = _both_runs(model, tokenizer, ids, config, max_new_tokens, progress)
     console = Console()
     source = "Python language reference" if text is None else str(prompt_file)
@@ -109,6 +112,7 @@ def generate(
     ] = None,
     store: StoreUrl = None,
     store_profile: StoreProfileFile = None,
+    profile: ProfileOption = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -124,6 +128,7 @@ def generate(
     if prefix is not None and chat:
         raise ConfigError("--chat: what comes behind a prefix is taken as it is, leave it out.")
     config = resolve_config(quality or "balanced", **parse_settings(settings or []))
+    check_profile(profile)
     parts = [] if prompt_file is None else [read(prompt_file)]
     text = "\n\n".join(parts + ([prompt] if prompt else []))
     if not text.strip():
@@ -148,7 +153,7 @@ def generate(
             )
         compiling = compile_kernels(progress, network, storage=prefix is not None)
         if opened is None:
-            _calibrate(network, tokenizer, config, progress)
+            prepare_profile(network, tokenizer, [config], profile, progress)
         plain = None
         if compare:
             plain, run = _both_runs(
@@ -167,20 +172,6 @@ def generate(
     per_token = run.seconds_per_token
     speed = "" if per_token is None else f", then {1000 * per_token:.1f} ms per token"
     typer.echo(f"{run.stats}; first token after {run.first_token_seconds:.2f} s{speed}", err=True)
-
-
-def _calibrate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: CompressionConfig,
-    progress: Steps,
-) -> None:
-    """What the first cache of a model would do, so that no time to the first token has it."""
-    from nexusquant.calibration import ensure_profile
-    from nexusquant.hf.profiles import default_mode
-
-    if config.codec == "e8" and config.transform == "klt" and default_mode() == "auto":
-        ensure_profile(model, tokenizer, rope_page=config.rope_page, report=progress.step)
 
 
 def _one_run(

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from nexusquant.cli.common import Device, Dtype, Model, folder, read
+from nexusquant.cli.profiles import ProfileOption, check_profile, prepare_profile
 from nexusquant.cli.record import check_writable, write_json
 from nexusquant.cli.runs import Bench, numbers
 from nexusquant.errors import ConfigError
@@ -21,9 +22,11 @@ def evaluate(
     ] = None,
     quality: Annotated[list[str] | None, typer.Option(help="Preset; repeatable.")] = None,
     prefix: Annotated[int, typer.Option(min=1, help="Tokens that are compressed.")] = 1536,
-    continuation: Annotated[int, typer.Option(min=2, help="Tokens scored behind them.")] = 512,
+    continuation: Annotated[
+        int, typer.Option(min=2, help="Tokens decoded behind them, and scored.")
+    ] = 320,
     decode: Annotated[
-        int, typer.Option(min=0, help="Also feed this many tokens one by one: time and ratio.")
+        int, typer.Option(min=0, help="Also time this many tokens, beside the stock cache.")
     ] = 0,
     drift: Annotated[
         int,
@@ -40,10 +43,14 @@ def evaluate(
     json: Annotated[
         Path | None, typer.Option(help="Write all results of this run to a file.")
     ] = None,
+    profile: ProfileOption = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Measure presets on real text: KL from the uncompressed model, perplexity, ratio.
+    """Measure presets on real text, as a user meets them: a prompt, then token by token.
+
+    KL is from the uncompressed model on the same tokens, in nats; p99.9 its 99.9th percentile. The
+    ratio at the end counts what was decoded, and every byte.
 
     Without --text the text is from the Python language reference that every Python carries; so is
     the text of the profile, other parts of it, if none is stored (`nexusquant calibrate`).
@@ -53,11 +60,11 @@ def evaluate(
         raise ConfigError(f"--decode {decode}: at most --continuation {continuation}.")
     if drift == 1:
         raise ConfigError("--drift 1: needs at least 2 tokens to compare.")
+    check_profile(profile)
     if json is not None:
         check_writable(json)
     from nexusquant import __version__
     from nexusquant import demo as lab
-    from nexusquant.calibration import ensure_profile
     from nexusquant.cli.tables import (
         decoding_table,
         divergence_table,
@@ -77,8 +84,7 @@ def evaluate(
         network, tokenizer = load_model(folder(model, progress), dtype, device)
         compile_kernels(progress, network)
         bench = Bench(network, tokenizer, texts, configs, progress)
-        for page in sorted({each.rope_page for each in configs.values()}):
-            ensure_profile(network, tokenizer, rope_page=page, report=progress.step)
+        prepare_profile(network, tokenizer, configs.values(), profile, progress)
         bench.need(prefix + continuation, f"--prefix {prefix} + --continuation {continuation}")
         if drift:
             bench.need(prefix + drift, f"--prefix {prefix} + --drift {drift}")
@@ -90,7 +96,7 @@ def evaluate(
         drifts = bench.drifts(prefix, drift) if drift else []
         grids = bench.needles(sizes, places, rounds) if needles else []
     console = Console()
-    title = f"{model}, {prefix} tokens compressed, {continuation} scored"
+    title = f"{model}, prompt of {prefix} tokens, {continuation} decoded one by one"
     console.print(divergence_table(divergences, title))
     if decodings:
         title = f"{model}, {decode} tokens one by one behind {prefix}"

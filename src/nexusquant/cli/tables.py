@@ -21,15 +21,18 @@ def divergence_table(results: Sequence[tuple[str, str, Divergence]], title: str)
     table = Table(title=title, title_justify="left")
     table.add_column("quality")
     table.add_column("text")
-    for name in ("bits", "ratio", "KL", "dPPL %", "top-1"):
+    for name in ("KL", "KL p99.9", "top-1", "dPPL %", "ratio, prompt", "ratio, end"):
         table.add_column(name, justify="right")
 
     def row(preset: str, text: str, group: Sequence[Divergence]) -> None:
-        bits = mean(r.stats.bits_per_element for r in group)
+        prompt, end = (
+            mean(getattr(r, at).bits_per_element for r in group) for at in ("stats", "final")
+        )
         change = math.expm1(mean(r.loss - r.full_loss for r in group))
         table.add_row(
-            preset, text, f"{bits:.3f}", f"{16 / bits:.2f}", f"{mean(r.kl for r in group):.4f}",
-            f"{100 * change:+.2f}", f"{mean(r.top1 for r in group):.3f}",
+            preset, text, f"{mean(r.kl for r in group):.4f}", f"{mean(r.p999 for r in group):.2f}",
+            f"{mean(r.top1 for r in group):.3f}", f"{100 * change:+.2f}", f"{16 / prompt:.2f}",
+            f"{16 / end:.2f}",
         )  # fmt: skip
 
     for preset in dict.fromkeys(name for name, _, _ in results):

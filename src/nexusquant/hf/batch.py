@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nexusquant.compressor import Stored
 from nexusquant.hf.rope_tables import LayerRope
 from nexusquant.hf.tail import Tail
+from nexusquant.stored import Stored
 
 
 class BatchOperations:

@@ -88,8 +88,8 @@ def _before(
     kwargs = named_arguments(model, args, kwargs)
     if kwargs.get("labels") is not None and (why := obstacle(model, kwargs)):
         run.notices.warn(f"labels are scored in one pass, against exact keys and values: {why}.")
-    elif kwargs.get("labels") is not None and not too_short(kwargs, run.config.residual_length):
-        scoring, kwargs = run_chunks(model, kwargs, run.config.residual_length)
+    elif kwargs.get("labels") is not None and not too_short(kwargs, run.config.least_scored):
+        scoring, kwargs = run_chunks(model, kwargs, run.config.least_scored)
         _scorings().append((id(model), scoring))
         return (), kwargs
     cache = given_cache(kwargs)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from nexusquant.config import MAX_BITS, CompressionConfig
+from nexusquant.hf.compressing import UNSEEN_BITS
 from nexusquant.hf.coverage import (
     CODES,
     DECODED,
@@ -16,7 +17,6 @@ from nexusquant.hf.coverage import (
     WHOLE,
     LayerCoverage,
 )
-from nexusquant.hf.layer import UNSEEN_BITS
 
 _GAIN_BITS = 8  # four each for a key and a value
 _POSITION_BYTES = 4  # per token and RoPE flavour

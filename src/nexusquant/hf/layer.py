@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from nexusquant.compressor import Chunk, Stored, compress
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import UnsupportedError
-from nexusquant.frame import KeyFrame
 from nexusquant.hf.batch import BatchOperations
+from nexusquant.hf.compressing import UNSEEN_BITS, Compressing
 from nexusquant.hf.handle import handles
 from nexusquant.hf.install import Lease
 from nexusquant.hf.logical import LogicalSizes
@@ -30,16 +28,13 @@ from nexusquant.hf.transformers_private import CacheLayerMixin
 from nexusquant.hf.uncompiled import uncompiled
 from nexusquant.math.e8 import GROUP
 from nexusquant.math.rope import Frequencies
-from nexusquant.profile import Profile
-from nexusquant.retention import WINDOW, retain
-
-UNSEEN_BITS = 4
-"""Least bits per element where no queries tell what matters."""
+from nexusquant.retention import WINDOW
+from nexusquant.stored import Stored
 
 _STATE = ("stored", "tail", "length", "deferred", "waiting", "rope")
 
 
-class CompactLayer(BatchOperations, Rollback, LogicalSizes, CacheLayerMixin):
+class CompactLayer(BatchOperations, Compressing, Rollback, LogicalSizes, CacheLayerMixin):
     """One full-attention layer's cache.
 
     `update` appends to the tail and returns handles; our attention function calls `absorb` once
@@ -74,6 +69,7 @@ class CompactLayer(BatchOperations, Rollback, LogicalSizes, CacheLayerMixin):
         self.is_initialized = False
         self.deferred: Call | None = None
         self.waiting: Call | None = None  # for a second pass over the prompt
+        self.provisional: CompressionConfig | None = None  # what to code with once that can be told
         self.repeating = False
         if self.rope is not None:
             self.rope.truncate(0)
@@ -87,7 +83,7 @@ class CompactLayer(BatchOperations, Rollback, LogicalSizes, CacheLayerMixin):
         rope = self.rope
         for name, value in zip(_STATE, state, strict=True):
             setattr(self, name, value)
-        self.pending = False
+        self.pending, self.provisional = False, None
         if rope is not None:
             rope.truncate(self.length)
 
@@ -97,6 +93,7 @@ class CompactLayer(BatchOperations, Rollback, LogicalSizes, CacheLayerMixin):
             forget_workspace(self.rope.table)
         if self.profiles is not None:
             self.profiles.end_pass(failed)
+        self._code_again()
 
     # -- what transformers asks for
 
@@ -124,6 +121,9 @@ class CompactLayer(BatchOperations, Rollback, LogicalSizes, CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.absorb_unseen()
+        if self.provisional is not None and self.profiles is not None:
+            self.profiles.end_pass(failed=False)  # of a call of the inner model: nobody saw its end
+            self._code_again()
         note_update(self, self.lease.model if self.lease is not None else None)
         first_column = self.first_visible
         tail = Tail(key_states, value_states)
@@ -147,21 +147,6 @@ class CompactLayer(BatchOperations, Rollback, LogicalSizes, CacheLayerMixin):
         )
 
     # -- what our attention function asks for
-
-    @property
-    def planned(self) -> CompressionConfig:
-        """The config that its first tokens are coded with, which later ones follow."""
-        if self.reached and not self.read:
-            return self.config
-        whole = self.config.replace(evict_ratio=0.0, max_tokens=None)
-        if self.reached:
-            return whole
-        bits = {name: max(getattr(whole, name), UNSEEN_BITS) for name in ("key_bits", "value_bits")}
-        return whole.replace(tiers=(), **bits)
-
-    def frame(self) -> KeyFrame:
-        """Coordinates that this layer's keys are coded in, with this forward's rows."""
-        return self.rope.frame(self.config.rope_page) if self.rope else KeyFrame(None, 0)
 
     def record_rotary(
         self,
@@ -208,7 +193,7 @@ class CompactLayer(BatchOperations, Rollback, LogicalSizes, CacheLayerMixin):
         if self.exact or self.repeating or self.config.codec == "exact":
             return
         call = Call(self.tail.keys[:, :, :0], None, 1.0, None)
-        if call.fills(self.tail, self.config.residual_length) and not self.reached:
+        if call.fills(self.tail, self.block) and not self.reached:
             self.notices.warn(
                 "this model computes attention where compressed keys and values cannot be used:"
                 f" layers are coded at {UNSEEN_BITS} bits or more per element, evict nothing, and"
@@ -227,62 +212,6 @@ class CompactLayer(BatchOperations, Rollback, LogicalSizes, CacheLayerMixin):
             self.notices.warn(
                 f"{reason}, which attention over codes does not implement: such layers stay exact."
             )
-
-    def _held(self, call: Call) -> tuple[Tail | None, Call]:
-        """What of the tail may be compressed, and the call as over that."""
-        return self.tail, call
-
-    def _profile(self, call: Call, chunk: Chunk) -> Profile | None:
-        if self.profiles is None:
-            return None
-        alone = 2 * call.query.shape[2] >= self.length  # little else to attend to
-        output = call.output if alone else None
-        return self.profiles.obtain(chunk, self.frame(), self.config.sinks, output)
-
-    def _learned(self, call: Call) -> Call:
-        """`call` for later, when the residual stream is gone: a profile is built from it now."""
-        tail, held = self._held(call)
-        if tail is not None and held.fills(tail, self.config.residual_length) and not self.exact:
-            self._profile(held, self._chunk(held, tail))
-        return replace(call, output=None)
-
-    def _chunk(self, call: Call, tail: Tail) -> Chunk:
-        start, least = self.length - tail.count, self.config.residual_length
-        if self.read:
-            call = replace(call, valid=None)  # padding, too, must be there to be read
-        return call.chunk(tail, start, self.layer_idx, least)
-
-    def _compress(self, call: Call) -> None:
-        tail, config = self.tail, self.config
-        if tail is None:
-            return
-        if self.exact or not call.fills(tail, config.residual_length):
-            self.tail = tail.owned()
-            return
-        chunk, frame = self._chunk(call, tail), self.frame()
-        profile = self._profile(call, chunk)
-        planned = self.planned
-        if config.max_tokens is not None and planned.max_tokens is None:
-            self.notices.warn(
-                "max_tokens does not bound layers whose keys or values this model reads as tensors"
-                " (`nexusquant doctor` says which): nothing is evicted there."
-            )
-        self.stored = compress(planned, self.stored, chunk, frame, profile)
-        if planned.max_tokens is not None:
-            self.stored = retain(
-                self.stored, planned.max_tokens,
-                call.query if tail.queries is None else tail.queries, frame=frame,
-                scaling=call.scaling, softcap=call.softcap,
-                recent_from=self.length - config.recent,
-            )  # fmt: skip
-        self.tail = tail.emptied()
-
-    def compress_waiting(self) -> None:
-        """The second pass is over, or there is none."""
-        call, self.waiting = self.waiting, None
-        if call is not None:
-            with own_arithmetic(self.device):
-                self._compress(call)
 
     @property
     def elements(self) -> int:

@@ -31,9 +31,9 @@ class Scoring:
     loss_arguments: dict[str, Any]
 
 
-def chunk_length(tokens: int, residual_length: int) -> int:
+def chunk_length(tokens: int, least: int) -> int:
     """`CHUNK` tokens if the text has twice as many, else a quarter; at least what is compressed."""
-    return max(residual_length, CHUNK if tokens >= 2 * CHUNK else -(-tokens // 4))
+    return max(least, CHUNK if tokens >= 2 * CHUNK else -(-tokens // 4))
 
 
 def obstacle(model: Any, kwargs: dict[str, Any]) -> str | None:
@@ -50,22 +50,22 @@ def _given(value: Any) -> bool:
     return value is not None and value is not False and not (isinstance(value, int) and value == 0)
 
 
-def too_short(kwargs: dict[str, Any], residual_length: int) -> bool:
+def too_short(kwargs: dict[str, Any], least: int) -> bool:
     """Whether nothing would be compressed before the last token."""
     tokens = kwargs["input_ids"].shape[1]
-    return bool(tokens <= chunk_length(tokens, residual_length))
+    return bool(tokens <= chunk_length(tokens, least))
 
 
 @torch.no_grad()
 def run_chunks(
-    model: nn.Module, kwargs: dict[str, Any], residual_length: int
+    model: nn.Module, kwargs: dict[str, Any], least: int
 ) -> tuple[Scoring, dict[str, Any]]:
     """Run all chunks but the last; returns the state and the arguments of the last chunk."""
     kwargs = dict(kwargs)
     labels, ids = kwargs.pop("labels"), kwargs["input_ids"]
     loss_arguments = {name: kwargs.pop(name) for name in _LOSS if name in kwargs}
     tokens = ids.shape[1]
-    step = chunk_length(tokens, residual_length)
+    step = chunk_length(tokens, least)
     kwargs |= {**cache_argument(model, plain_cache(model)), "use_cache": True}
 
     def part(begin: int, stop: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def reads_twice(config: CompressionConfig, tokens: int) -> bool:
     """Whether a forward pass over so many tokens is followed by a second one."""
     used = config.evict_ratio or (config.codec == "e8" and config.tiers)
     asked = getattr(get_scorer(config.scorer), "second_pass", False)
-    return bool(asked and used) and tokens >= config.residual_length
+    return bool(asked and used) and tokens >= config.least_scored
 
 
 def note(layer: CompactLayer, call: Call) -> None:

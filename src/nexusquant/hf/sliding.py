@@ -33,9 +33,12 @@ class CompactSlidingLayer(CompactLayer):
     ) -> None:
         self.sliding_window, self.mixed = sliding_window, mixed
         self.gone = 0  # slots before this one may have been dropped
-        super().__init__(
-            config.replace(evict_ratio=0.0, sinks=0, max_tokens=None), layer_idx, notices
-        )
+        own = config.replace(
+            evict_ratio=0.0, sinks=0, max_tokens=None,
+            recent=min(config.recent, sliding_window - 1),
+            fresh_length=min(config.fresh_length, sliding_window // 4),
+        )  # fmt: skip
+        super().__init__(own, layer_idx, notices)
 
     def get_max_length(self) -> int:
         """The window."""

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nexusquant.compressor import Stored
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.precision import own_arithmetic
 from nexusquant.kernels.base import spread
 from nexusquant.slots import Slots
+from nexusquant.stored import Stored
 from nexusquant.tokens import CodedTokens, ExactTokens
 
 if TYPE_CHECKING:

@@ -80,7 +80,8 @@ class Tail:
 
     def append(self, keys: Tensor, values: Tensor) -> Tail:
         """With more tokens behind."""
-        both = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+        pairs = (self.keys, keys), (self.values, values)
+        both = [torch.cat([old.to(new.dtype), new], 2) for old, new in pairs]
         return replace(self, keys=both[0], values=both[1])
 
     def detached(self) -> Tail:
@@ -105,6 +106,13 @@ class Tail:
     def owned(self) -> Tail:
         """In storage of its own."""
         return replace(self, keys=owned(self.keys), values=owned(self.values))
+
+    def narrowed(self) -> Tail:
+        """In 16 bits where that does not overflow, in storage of its own."""
+        if self.keys.dtype.itemsize <= 2:
+            return self.owned()
+        keys, values = (narrowed(x, torch.float16) for x in (self.keys, self.values))
+        return replace(self, keys=owned(keys), values=owned(values))
 
     def remember(self, query: Tensor) -> Tail:
         """With the latest queries, in 16 bits."""

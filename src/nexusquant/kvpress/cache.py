@@ -169,11 +169,11 @@ class _PressedLayer(CompactLayer):
         if rows[0] == heads * tokens == min(rows):
             self.crop(0)
             return
-        if self.exact or tokens < config.residual_length:
+        if self.exact or tokens < config.least_scored:
             raise UnsupportedError(
                 f"layer {self.layer_idx} holds {tokens} tokens that cannot be coded, so none can"
-                f" be pruned: give prompts of at least {config.residual_length} tokens"
-                " (residual_length) and heads whose dimension is a multiple of 8."
+                f" be pruned: give prompts of at least {config.least_scored} tokens"
+                " (`recent`, `residual_length`) and heads whose dimension is a multiple of 8."
             )
         if not rows[0] or min(rows) != max(rows) or rows[0] % heads:
             raise UnsupportedError(

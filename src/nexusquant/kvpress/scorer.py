@@ -48,7 +48,7 @@ class PressScorer:
     How many are kept, `sinks` and `recent` are up to the cache's config and not the press: with
     `evict_ratio=press.compression_ratio, sinks=0, recent=0` the tokens kept are those that the
     press would keep (but one, where kvpress rounds down). Every forward pass over at least
-    `residual_length` tokens is scored, not the first one only.
+    `residual_length` and `recent` tokens is scored, not the first one only.
 
     Args:
         press: anything with kvpress's `score(module, hidden_states, keys, values, attentions,
@@ -140,7 +140,7 @@ class PressScorer:
         except (AssertionError, NotImplementedError) as error:
             raise UnsupportedError(
                 f"{name} cannot score {inputs.keys.shape[2]} tokens, {tokens} of them new: {error}."
-                " Shorter forward passes are not scored if residual_length says so."
+                " Shorter forward passes are not scored if `recent` and residual_length say so."
             ) from error
         return scores
 

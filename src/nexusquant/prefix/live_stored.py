@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from nexusquant.compressor import Stored
 from nexusquant.errors import FormatError
 from nexusquant.prefix.arrays import FLOATS, ArrayReader, ArrayWriter, finite
 from nexusquant.prefix.fields import Fields
@@ -17,6 +16,7 @@ from nexusquant.prefix.live_slots import (
     write_slots,
 )
 from nexusquant.profile import SIDES
+from nexusquant.stored import Stored
 from nexusquant.tokens import CodedTokens, ExactTokens
 
 
@@ -25,7 +25,9 @@ def write_stored(stored: Stored, shape: Shape, out: ArrayWriter) -> dict[str, An
     sinks = None if stored.sinks is None else _write_exact(stored.sinks, shape, out)
     exact = [_write_exact(x, shape, out) for x in stored.body if isinstance(x, ExactTokens)]
     coded = [part for part in stored.body if isinstance(part, CodedTokens)]
-    return {"sinks": sinks, "exact": exact, **write_coded(coded, shape, out)}
+    fresh = [] if stored.fresh is None else [stored.fresh]
+    about = {"sinks": sinks, "exact": exact, **write_coded([*coded, *fresh], shape, out)}
+    return about | ({"fresh": True} if fresh else {})
 
 
 def read_stored(about: Fields, shape: Shape, coder: Coder, arrays: ArrayReader) -> Stored:
@@ -35,12 +37,16 @@ def read_stored(about: Fields, shape: Shape, coder: Coder, arrays: ArrayReader) 
         raise FormatError(f"{about.where}: sinks of some heads only.")
     exact = [_read_exact(part, shape, arrays) for part in about.parts("exact")]
     coded = read_coded(about, shape, coder, arrays)
+    fresh = coded.pop() if "fresh" in about and about.flag("fresh") and coded else None
+    near = coded[-1] if coded else None
+    if fresh and not (near and fresh.heads is None and fresh.shares_centres(near)):
+        raise FormatError(f"{about.where}: fresh tokens that are coded like no others.")
     about.close()
     wrong = exact if coder.config.codec == "e8" else coded
     body = coded or exact
     if wrong or (body and all(part.heads is not None for part in body)):
         raise FormatError(f"{about.where}: these parts are not of one layer.")
-    return Stored(sinks, tuple(coded) or tuple(exact))
+    return Stored(sinks, tuple(coded) or tuple(exact), fresh)
 
 
 def _write_exact(part: ExactTokens, shape: Shape, out: ArrayWriter) -> dict[str, Any]:

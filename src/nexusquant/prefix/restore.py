@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from nexusquant.compressor import Stored
 from nexusquant.config import CompressionConfig
 from nexusquant.entropy.profile import QueryMoments, StoreProfile
 from nexusquant.errors import UnsupportedError
@@ -19,6 +18,7 @@ from nexusquant.hf.second_pass import reads_twice
 from nexusquant.hf.tail import Call, Tail
 from nexusquant.prefix.decoded import Decoded
 from nexusquant.prefix.rotary import CachedLayer, begin, cached_layers
+from nexusquant.stored import Stored
 
 _QUERIES = 256
 """Enough for their mean and covariance, which is what most scorers go by."""

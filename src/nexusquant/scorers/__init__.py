@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from nexusquant.errors import ConfigError
 from nexusquant.scorers.base import ScoreInputs, Scorer, ScoringRope, checked_scores
+from nexusquant.scorers.expected_and_observed import ExpectedAndObserved
 from nexusquant.scorers.expected_attention import ExpectedAttention
 from nexusquant.scorers.key_key import KeyKey
 from nexusquant.scorers.key_norm import KeyNorm
@@ -21,6 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 SCORERS: dict[str, Scorer] = {
+    "expected_and_observed": ExpectedAndObserved(),
     "expected_attention": ExpectedAttention(),
     "snapkv": SnapKV(),
     "key_key": KeyKey(),
