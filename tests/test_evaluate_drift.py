@@ -46,7 +46,7 @@ def test_decoded_tokens_are_compressed_and_cost_something(model, input_ids):
     assert result.after_steps.tokens == PREFIX + STEPS
     # The last 4 of 100 wait for their block of 16; the others are coded, none in fp16.
     assert result.after_steps.nbytes < result.after_steps.fp16_nbytes / 4
-    assert result.kl > 1.05 * result.prefill_kl
+    assert result.kl > result.prefill_kl
 
 
 def test_the_exact_codec_does_not_drift(model, input_ids):

@@ -110,7 +110,7 @@ def test_even_heads_are_stored_as_ever(codec: str, ratio: float) -> None:
     kept = kept.expand(-1, 3, -1)
     tiers = [torch.arange(kept.shape[2]).expand(kept.shape)]
     if codec == "e8":
-        tiers = split_tiers(-source.keys.norm(dim=-1), kept, (0.12, 0.34, 0.54))
+        tiers = split_tiers(-source.keys.norm(dim=-1), kept, shared().tier_shares)
     assert [part.heads for part in stored.body] == [None] * len(tiers)
     for part, tier in zip(stored.body, tiers, strict=True):
         at = kept.gather(2, tier)

@@ -207,7 +207,7 @@ class CompressionConfig:
         return replace(self, **overrides)
 
 
-_HIGH = CompressionConfig(key_bits=1.49, value_bits=1.49)
+_HIGH = CompressionConfig(key_bits=1.46, value_bits=1.46)
 _MAX = CompressionConfig(evict_ratio=0.45, key_bits=0.67, value_bits=0.67)
 
 PRESETS: dict[str, CompressionConfig] = {

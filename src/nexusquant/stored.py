@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from nexusquant.slots import BatchFn
+from nexusquant.slots import BatchFn, Slots
 from nexusquant.tokens import CodedTokens, ExactTokens, count_heads
 
 _WORTH_A_COPY = 32
@@ -64,6 +65,21 @@ class Stored:
         return self.with_body([rest(part) for part in self.body]).with_fresh(
             self.fresh and rest(self.fresh)
         )
+
+    def fresh_from(self, stop: int) -> int:
+        """Slot from which on all up to `stop`, the end of what is stored, are of fresh tokens."""
+        return stop if self.fresh is None else self.fresh.slots.start
+
+    def before(self, slot: int) -> Stored:
+        """Without the tokens from `slot` on, which must be fresh."""
+        fresh = self.fresh
+        if fresh is None or fresh.slots.stop <= slot:
+            return self
+        at = fresh.slots.positions(fresh.device)
+        at = torch.where(at < slot, at, -1)
+        width = int((at >= 0).any(0).any(0).sum())
+        kept = fresh.part(slice(0, width)).owned()
+        return self.with_fresh(replace(kept, slots=Slots.of(at[..., :width])))
 
     def with_body(self, body: Sequence[Any]) -> Stored:
         """With another body, less what only some heads had."""

@@ -241,8 +241,11 @@ class CodedTokens:
 
     def drop(self, count: int) -> CodedTokens:
         """Without the first `count` entries, in storage of its own."""
-        rest = self.part(slice(count, None))
-        return replace(rest._tensors(torch.clone), slots=self.slots.drop(count))
+        return replace(self.part(slice(count, None)).owned(), slots=self.slots.drop(count))
+
+    def owned(self) -> CodedTokens:
+        """In storage of its own."""
+        return self._tensors(torch.clone)
 
     def pick(self, index: Tensor) -> CodedTokens:
         """Only the entries at `index` (batch, kv_heads, n), ascending: another choice per head."""

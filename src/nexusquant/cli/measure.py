@@ -96,7 +96,7 @@ def evaluate(
         drifts = bench.drifts(prefix, drift) if drift else []
         grids = bench.needles(sizes, places, rounds) if needles else []
     console = Console()
-    title = f"{model}, prompt of {prefix} tokens, {continuation} decoded one by one"
+    title = f"{model}, prompt of {prefix} tokens, {continuation} decoded behind it"
     console.print(divergence_table(divergences, title))
     if decodings:
         title = f"{model}, {decode} tokens one by one behind {prefix}"

@@ -10,6 +10,7 @@ from nexusquant.errors import UnsupportedError
 from nexusquant.hf.precision import own_arithmetic
 from nexusquant.hf.rope_tables import LayerRope
 from nexusquant.hf.tail import Call, Tail
+from nexusquant.stored import Stored
 
 
 class Rollback(ABC):
@@ -21,6 +22,7 @@ class Rollback(ABC):
     is_initialized: bool
     record_past: bool
     deferred: Call | None
+    stored: Stored
     tail: Tail | None
     rope: LayerRope | None
 
@@ -34,10 +36,13 @@ class Rollback(ABC):
         return True
 
     def take_back(self, count: int) -> None:
-        """Remove the last `count` tail tokens."""
+        """Remove the last `count` tokens, of the tail and fresh ones before it."""
         if count and self.tail is not None:
-            self.tail = self.tail.without_last(count)
+            coded = max(count - self.tail.count, 0)
+            self.tail = self.tail.without_last(count - coded)
             self.length -= count
+            if coded:
+                self.stored = self.stored.before(self.length)
             if self.rope is not None:
                 self.rope.truncate(self.length)
 
@@ -54,16 +59,17 @@ class Rollback(ABC):
         """How many tokens `crop` removes from the end.
 
         Raises:
-            UnsupportedError: more tokens than are uncoded.
+            UnsupportedError: more tokens than are uncoded or fresh.
         """
         if not self.is_initialized:
             return 0
         count = self.length - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
-        have = 0 if self.tail is None else self.tail.count
+        coded = self.length - (0 if self.tail is None else self.tail.count)
+        have = self.length - self.stored.fresh_from(coded)
         if count > have:
             raise UnsupportedError(
-                f"cannot remove {count} tokens from layer {self.layer_idx}: only the last"
-                f" {have} are uncompressed. Call activate_past_recording() before adding them."
+                f"cannot remove {count} tokens from layer {self.layer_idx}: only the last {have}"
+                " are not in their final code. Call activate_past_recording() before adding them."
             )
         return max(count, 0)
 
@@ -71,7 +77,7 @@ class Rollback(ABC):
         """Remove the last |n| tokens for n <= 0; keep the first n for n > 0 (early 5.x).
 
         Raises:
-            UnsupportedError: more tokens than are uncoded.
+            UnsupportedError: more tokens than are uncoded or fresh.
         """
         count = self.check_crop(tokens_to_remove)
         self.take_back(count)

@@ -37,9 +37,12 @@ class ExpectedAndObserved:
         return ordered.gather(-1, _ranks(ranks, hidden)).masked_fill(hidden, 0.0)
 
     def _observed(self, inputs: ScoreInputs) -> Tensor:
-        """Sum of squared attention weights of the last queries, `(batch, kv_heads, tokens)`."""
-        queries = inputs.queries[:, :, -self.window :]
-        first = inputs.keys.shape[2] - queries.shape[2]
+        """Sum of squared weights of each row's last queries, `(batch, kv_heads, tokens)`."""
+        valid, held = inputs.valid_mask(), inputs.keys.shape[2] - inputs.queries.shape[2]
+        behind = valid.flip(-1).cumsum(-1).flip(-1)  # 1 at a row's last valid token
+        voters = (valid & (behind <= self.window))[:, held:]
+        first = held + int((~voters.any(0)).long().cumprod(0).sum())
+        queries, voters = inputs.queries[:, :, first - held :], voters[:, first - held :]
         observed = torch.zeros(inputs.keys.shape[:3], device=inputs.keys.device)
         step = max(_WEIGHTS // (len(queries) * queries.shape[1] * inputs.keys.shape[2]), 1)
         for block in queries.split(step, dim=2):
@@ -47,8 +50,9 @@ class ExpectedAndObserved:
                 block, inputs.keys, inputs.valid, first=first, scaling=inputs.scaling,
                 softcap=inputs.softcap,
             )  # fmt: skip
-            observed += weights.square_().sum((2, 3))
-            first += step
+            votes = voters[:, :step, None].float()
+            observed += (weights.square_().sum(2) * votes[:, None]).sum(2)
+            first, voters = first + step, voters[:, step:]
         return observed
 
 
