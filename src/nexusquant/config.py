@@ -208,7 +208,7 @@ class CompressionConfig:
 
 
 _HIGH = CompressionConfig(key_bits=1.46, value_bits=1.46)
-_MAX = CompressionConfig(evict_ratio=0.45, key_bits=0.67, value_bits=0.67)
+_MAX = CompressionConfig(evict_ratio=0.4, key_bits=0.62, value_bits=0.62, fresh_bits=1.5)
 
 PRESETS: dict[str, CompressionConfig] = {
     "lossless": CompressionConfig(key_bits=2.15, value_bits=2.15),

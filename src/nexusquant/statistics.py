@@ -265,9 +265,9 @@ def _key_metric(sample: Sample, influence: Tensor, frame: KeyFrame) -> Tensor:
     uniform = seen / visible * ((1 - sampling.influence) / len(seen) / group)
     share = uniform.expand(kv_heads, group, -1, -1).clone()
     share[:, :, :: sampling.asked] += asked * sampling.influence
-    share = share.flatten(1, 2).mT  # (kv_heads, pages, group x sampled)
-    flat = queries.flatten(1, 2)[:, None]
-    moments = (share[..., None] * flat).mT @ flat  # (kv_heads, pages, dim, dim)
+    share, flat = share.flatten(1, 2), queries.flatten(1, 2)  # (kv_heads, group x sampled, ...)
+    weighted = (share[..., None] * flat[:, :, None]).flatten(2)  # of all pages side by side
+    moments = (flat.mT @ weighted).unflatten(-1, (-1, dim)).transpose(1, 2)  # a page's dim x dim
     if frame.rotates:
         basis = torch.eye(dim, device=moments.device).repeat(len(starts), 1)[None, None]
         anchors = sample.slots[starts].repeat_interleave(dim).view(1, 1, -1)

@@ -146,12 +146,12 @@ def causal_attention(
     logits = logits.view(batch, kv_heads, group, q_len, tokens)
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
-    index = torch.arange(tokens, device=keys.device)
-    hidden = index > index[first : first + q_len, None]
-    if valid is not None:
-        hidden = hidden | ~valid[:, None, None, None, :]
+    index = torch.arange(first, tokens, device=keys.device)
     # A finite floor: a row that sees nothing becomes uniform (and is zeroed below), not NaN.
-    logits.masked_fill_(hidden, torch.finfo(torch.float32).min)
+    floor = torch.finfo(torch.float32).min
+    logits[..., first:].masked_fill_(index > index[:q_len, None], floor)
+    if valid is not None:
+        logits.masked_fill_(~valid[:, None, None, None, :], floor)
     weights = logits.softmax(-1)
     if valid is not None:
         weights.masked_fill_(~valid[:, None, None, first : first + q_len, None], 0.0)
