@@ -11,7 +11,7 @@ from nexusquant.math.e8 import GROUP
 from nexusquant.math.klt import weighted_klt
 from nexusquant.profile import Side
 
-RIDGE = 1e-3
+RIDGE = 1e-2
 """Share of the mean variance added in all directions: no text shows all that will be seen."""
 
 

@@ -24,7 +24,7 @@ class ExpectedAndObserved:
     the r-th rank gets the r-th highest score of expected attention there.
     """
 
-    window: int = 256
+    window: int = 64
     expected: ExpectedAttention = field(default_factory=ExpectedAttention)
 
     @torch.no_grad()
