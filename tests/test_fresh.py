@@ -163,3 +163,52 @@ def test_few_are_fresh_where_few_are_kept() -> None:
     assert CompressionConfig(max_tokens=100).most_fresh == 24
     assert CompressionConfig(fresh_bits=0).most_fresh == 0
     assert all(preset.most_fresh > 0 for preset in PRESETS.values())
+
+
+def test_what_was_just_within_reach_can_be_coded_again() -> None:
+    """A first code may make it larger than any gain."""
+    settings = config(fresh_length=16, key_bits=1, value_bits=1, transform="hadamard")
+    for seed in range(20):
+        torch.manual_seed(seed)
+        stored = compress(settings, Stored(), chunk(200, batch=1))
+        centre = stored.body[0].key_centre
+        far = torch.randn(1, 2, 8, 32)
+        far *= 127.5 / far.square().mean(-1, keepdim=True).sqrt()
+        keys = far * centre.scale.float() + centre.mean.float()
+        values = torch.randn(1, 2, 8, 32)
+        stored = compress(settings, stored, Chunk(keys, values, 200))
+        for start in (208, 216, 224):
+            stored = compress(settings, stored, chunk(8, start=start, queries=None, batch=1))
+        assert body_slots(stored, 1, 2)[0][0] == list(range(4, 232))
+
+
+def test_tokens_from_a_slot_on_are_taken_back() -> None:
+    """Also where rows were padded, so that a column of entries may be empty."""
+    settings = config(fresh_length=64)
+    stored = compress(settings, Stored(), chunk(64))
+    valid = torch.ones(2, 8, dtype=torch.bool)
+    valid[1] = False
+    for start in (64, 72, 80):
+        now = valid if start == 64 else None
+        stored = compress(settings, stored, chunk(8, start=start, queries=None, valid=now))
+    for rows in ([0, 1], [1]):
+        some = stored.map(lambda x, rows=rows: x[rows])
+        back = some.before(84)
+        for old, new in zip(
+            body_slots(some, len(rows), 2), body_slots(back, len(rows), 2), strict=True
+        ):
+            assert new == [[slot for slot in head if slot < 84] for head in old]
+    assert stored.fresh_from(88) == 64
+    assert stored.before(64).fresh is None
+
+
+def test_nothing_can_be_taken_back_that_settled_in_another_row() -> None:
+    settings = config(fresh_length=16)
+    stored = compress(settings, Stored(), chunk(64))
+    valid = torch.ones(2, 20, dtype=torch.bool)
+    valid[1, :14] = False  # its 6 tokens stand at the end of the turn
+    stored = compress(settings, stored, chunk(20, start=64, queries=None, valid=valid))
+    assert stored.fresh is not None
+    last = max(int(part.slots.positions(CPU).max()) for part in stored.body if part.slots.count)
+    assert last > stored.fresh.slots.start
+    assert stored.fresh_from(84) > last

@@ -173,7 +173,7 @@ class CompressionConfig:
     @property
     def least_scored(self) -> int:
         """Tokens of a forward pass that is scored: the last `recent` of any would all be kept."""
-        return max(self.residual_length, self.recent)
+        return max(self.residual_length, self.recent, 2)
 
     @property
     def most_fresh(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from nexusquant.config import CompressionConfig
 from nexusquant.plan import Coding
+from nexusquant.recoding import coded_again
 from nexusquant.slots import Slots
 from nexusquant.stored import Stored
 from nexusquant.tokens import CodedTokens, appended
@@ -35,8 +36,6 @@ def settled(stored: Stored, count: int | None = None) -> Stored:
     at = fresh.slots.positions(fresh.device)[..., :count]
     body = [part for part in stored.body if isinstance(part, CodedTokens)]
     coding = Coding.of(body)
-    moved = CodedTokens.encode(
-        old.keys(), old.values(), Slots.of(at), coding.centres, coding.tiers[coding.unscored]
-    )
+    moved = coded_again(old, Slots.of(at), coding.centres, coding.tiers[coding.unscored])
     left = None if count is None else fresh.drop(count)
     return stored.with_body(appended(body, [moved])).with_fresh(left)

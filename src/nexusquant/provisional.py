@@ -12,10 +12,13 @@ from dataclasses import replace
 from nexusquant.config import MAX_BITS, CompressionConfig
 from nexusquant.plan import Coding, with_profile
 from nexusquant.profile import Profile
+from nexusquant.recoding import coded_again
 from nexusquant.stored import Stored
 from nexusquant.tokens import CodedTokens
 
 MORE_BITS = 1.5
+MOST_BITS = 4
+"""Beyond, tiers would meet at the highest rate, and sharing out matters little."""
 """Memory peaks at so much more: `lossless` takes some 3.8 bits per element then, 24% of fp16."""
 
 
@@ -25,19 +28,21 @@ def provisional(config: CompressionConfig) -> CompressionConfig:
     return config.replace(**dict(zip(("key_bits", "value_bits"), bits, strict=True)))
 
 
-def coded_again(config: CompressionConfig, stored: Stored, profile: Profile) -> Stored:
+def final(config: CompressionConfig, stored: Stored, profile: Profile) -> Stored:
     """What was coded provisionally, as `config` and the complete profile say."""
     parts = [part for part in stored.body if isinstance(part, CodedTokens)]
     if not parts:
         return stored
     before = Coding.of(parts)
     after = with_profile(config, before, profile)
-    body = []
+    body, whole = [], iter(range(len(before.tiers)))
     for part in parts:
-        mine = part.key_quantizer, part.value_quantizer
-        theirs = [tuple(x.of_heads(part.heads) for x in tier) for tier in before.tiers]
-        key, value = (x.of_heads(part.heads) for x in after.tiers[theirs.index(mine)])
-        body.append(
-            CodedTokens.encode(part.keys(), part.values(), part.slots, after.centres, (key, value))
-        )
+        if part.heads is None:  # one per tier, in their order
+            tier = next(whole)
+        else:
+            mine = part.key_quantizer, part.value_quantizer
+            theirs = [tuple(x.of_heads(part.heads) for x in pair) for pair in before.tiers]
+            tier = theirs.index(mine)
+        key, value = (x.of_heads(part.heads) for x in after.tiers[tier])
+        body.append(coded_again(part, part.slots, after.centres, (key, value)))
     return replace(stored, body=tuple(body))

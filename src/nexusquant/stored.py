@@ -68,7 +68,10 @@ class Stored:
 
     def fresh_from(self, stop: int) -> int:
         """Slot from which on all up to `stop`, the end of what is stored, are of fresh tokens."""
-        return stop if self.fresh is None else self.fresh.slots.start
+        if self.fresh is None:
+            return stop
+        others = [part.slots.stop for part in self.parts() if part is not self.fresh]
+        return max(self.fresh.slots.start, *others)  # in padded rows others may reach beyond
 
     def before(self, slot: int) -> Stored:
         """Without the tokens from `slot` on, which must be fresh."""
@@ -77,7 +80,8 @@ class Stored:
             return self
         at = fresh.slots.positions(fresh.device)
         at = torch.where(at < slot, at, -1)
-        width = int((at >= 0).any(0).any(0).sum())
+        used = (at >= 0).any(0).any(0).nonzero()
+        width = int(used.max()) + 1 if len(used) else 0
         kept = fresh.part(slice(0, width)).owned()
         return self.with_fresh(replace(kept, slots=Slots.of(at[..., :width])))
 

@@ -170,3 +170,23 @@ def test_rows_with_padding_decode_as_alone() -> None:
         together = feed(model, both, token, mask=mask)
         single = feed(model, alone, token[1:])
     torch.testing.assert_close(together[1:], single, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_a_first_prompt_takes_the_bits_that_are_asked_for(bits: float) -> None:
+    """Also where the provisional rates of all tiers would be the highest there is."""
+    model = tiny()
+    cache = NexusCache(model, "high", profile="first-prompt", key_bits=bits, value_bits=bits)
+    feed(model, cache, prompt(520))
+    parts = [part for layer in cache.layers for part in layer.stored.body]
+    rows = sum(part.key_rows.numel() + part.value_rows.numel() for part in parts)
+    assert 8 * rows / (2 * 2 * 16 * 516 * 3) == pytest.approx(bits, rel=0.03)
+
+
+def test_single_tokens_are_never_scored() -> None:
+    model = tiny()
+    cache = NexusCache(model, residual_length=1, recent=0, evict_ratio=0.6)
+    feed(model, cache, prompt(200))
+    kept = cache.stats().kept_tokens
+    feed(model, cache, prompt(50), 1)
+    assert cache.stats().kept_tokens == kept + 50

@@ -13,6 +13,7 @@ from nexusquant.accounting import CacheStats
 from nexusquant.errors import ConfigError
 from nexusquant.evaluate.base import Quality, check_prefix
 from nexusquant.hf.cache import NexusCache, cache_stats, plain_cache
+from nexusquant.hf.collecting import read_prompt
 from nexusquant.hf.transformers_private import cache_argument
 
 _CHUNK = 64  # tokens that the uncompressed model reads at once
@@ -98,7 +99,7 @@ def _continue(
     model: Any, input_ids: Tensor, prefix: int, cache: Any, step: int
 ) -> tuple[Tensor, CacheStats]:
     """Log-probabilities after the prefix (tokens - prefix, vocab), and the cache's size then."""
-    model(input_ids[:, :prefix], **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
+    read_prompt(model, input_ids[:, :prefix], cache)
     stats = cache_stats(cache)
     parts = [
         torch.log_softmax(

@@ -15,7 +15,7 @@ from nexusquant.hf.profiles import FIRST_PROMPT, ProfileBook
 from nexusquant.hf.rope_tables import LayerRope
 from nexusquant.hf.tail import Call, Tail
 from nexusquant.profile import Profile
-from nexusquant.provisional import coded_again, provisional
+from nexusquant.provisional import MOST_BITS, final, provisional
 from nexusquant.retention import retain
 from nexusquant.stored import Stored
 
@@ -117,7 +117,8 @@ class Compressing:
     ) -> None:
         """The chunk behind what is stored; if the profile is its own prompt's, in two steps."""
         own = profile is not None and profile.source == FIRST_PROMPT and not self.stored.body
-        if profile is None or not own:
+        few = max(config.key_bits, config.value_bits) <= MOST_BITS
+        if profile is None or not (own and few) or chunk.queries is None:
             self.stored = compress(config, self.stored, chunk, frame, profile)
             return
         self.stored = compress(provisional(config), self.stored, chunk, frame, profile.alone())
@@ -131,7 +132,7 @@ class Compressing:
         profile = None if self.profiles is None else self.profiles.profile
         if config is not None and profile is not None and profile.complete:
             with own_arithmetic(self.device):
-                self.stored = coded_again(config, self.stored, profile)
+                self.stored = final(config, self.stored, profile)
 
     def compress_waiting(self) -> None:
         """The second pass is over, or there is none."""
