@@ -228,7 +228,7 @@ def test_a_profile_whitens_what_it_was_built_from(dtype: torch.dtype) -> None:
         assert torch.equal(side.mean, moments.mean)
         y = (x - side.mean[:, None]) @ side.forward.mT
         size = y.square().mean(1).unflatten(-1, (-1, 8)).mean(-1)
-        torch.testing.assert_close(size, torch.ones_like(size), rtol=1e-2, atol=0)
+        torch.testing.assert_close(size, torch.ones_like(size), rtol=3e-2, atol=0)
         torch.testing.assert_close(
             y @ side.inverse.mT + side.mean[:, None], x, rtol=1e-3, atol=2e-3
         )

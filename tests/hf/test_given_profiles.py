@@ -249,7 +249,7 @@ def test_profiles_of_other_kinds_of_model(build: Any, page: int) -> None:
     assert bases(cache) == [{Profiled}] * count
     stock = generate(model, prompt(LONG, seed=2), 8)
     drift = (step_logits(ours) - step_logits(stock))[:, 1:3].abs().max()
-    assert drift < 0.05 * step_logits(stock).std()
+    assert drift < 0.07 * step_logits(stock).std()
     for layer in profile.layers.values():
         for side in (layer.key, layer.value):
             eye = torch.eye(side.forward.shape[-1]).expand_as(side.forward)

@@ -161,11 +161,12 @@ def test_bombs() -> None:
     outcomes = {tuple(row[:2]): row[2] for row in rows}
     assert seconds.pop(("MiB", "")) < 200
     assert max(seconds.values()) < 5
-    harmless = ("as it is", "as many positions as are allowed", "a window of 2^31 bytes",
-                "a window of 2^27 bytes")  # fmt: skip
+    harmless = ("as it is", "as many positions as are allowed")
     for (name, how), outcome in outcomes.items():
         if name.startswith("a profile"):
             assert outcome == ("ProfileError" if how == "live" else "read")
+        elif name.startswith("a window"):  # of other steps, with which pages may mean something
+            assert outcome in ("read", "FormatError")
         elif name != "MiB":
             assert outcome == ("read" if name in harmless else "FormatError"), name
     assert len(outcomes) == 29

@@ -152,7 +152,8 @@ def test_tokens_leave_as_of_a_cache_that_saw_the_queries(tmp_path: Path) -> None
          for h, row in enumerate(part.slots.positions(model.device)[0]) for slot in row}
         for cache in (direct, again)
     ]  # fmt: skip
-    assert len(kept[0] & kept[1]) > 0.9 * len(kept[0])
+    # Half of the rank is the attention of the latest queries, of which the file has a sample.
+    assert len(kept[0] & kept[1]) > 0.85 * len(kept[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)

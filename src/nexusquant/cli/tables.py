@@ -21,7 +21,7 @@ def divergence_table(results: Sequence[tuple[str, str, Divergence]], title: str)
     table = Table(title=title, title_justify="left")
     table.add_column("quality")
     table.add_column("text")
-    for name in ("KL", "KL p99.9", "top-1", "dPPL %", "ratio, prompt", "ratio, end"):
+    for name in ("KL", "p99.9", "top-1", "dPPL %", "ratio", "at the end"):
         table.add_column(name, justify="right")
 
     def row(preset: str, text: str, group: Sequence[Divergence]) -> None:
