@@ -23,8 +23,8 @@ from transformers import DynamicCache
 
 from nexusquant.calibration import ensure_store_profile
 from nexusquant.demo import calibration_text, demo_text
+from nexusquant.hf.cache_names import cache_argument
 from nexusquant.hf.store_profiles import load_store_profile
-from nexusquant.hf.transformers_private import cache_argument
 from nexusquant.loading import demo_model, load_model
 from nexusquant.vllm.blocks import BlockCodec, RawCodec
 from nexusquant.vllm.e8 import E8Codec

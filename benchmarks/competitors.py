@@ -15,8 +15,8 @@ from benchmarks import lloyd_max
 from nexusquant import CompressionConfig, NexusCache
 from nexusquant.accounting import tensors_in
 from nexusquant.hf.cache import plain_cache
+from nexusquant.hf.cache_names import cache_argument
 from nexusquant.hf.second_pass import reads_twice
-from nexusquant.hf.transformers_private import cache_argument
 from nexusquant.profile import Profile
 
 KV = tuple[Tensor, Tensor]

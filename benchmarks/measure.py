@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.competitors import Competitor, Prefilled, Prompt, Uncompressed
-from nexusquant.hf.transformers_private import cache_argument
+from nexusquant.hf.cache_names import cache_argument
 
 CODE = "73914"
 FACT = f"\nRemember this: the secret code of the harbour is {CODE}.\n"

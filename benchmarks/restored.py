@@ -18,8 +18,8 @@ from torch import Tensor
 
 from nexusquant import NexusCache, calibrate, calibrate_store, load, save
 from nexusquant.hf.cache import plain_cache
+from nexusquant.hf.cache_names import cache_argument
 from nexusquant.hf.collecting import read_prompt
-from nexusquant.hf.transformers_private import cache_argument
 from nexusquant.loading import load_model
 
 

@@ -33,7 +33,7 @@ from nexusquant import NexusCache
 from nexusquant.attention import attend
 from nexusquant.demo import calibration_text, demo_text
 from nexusquant.frame import KeyFrame
-from nexusquant.hf.transformers_private import cache_argument
+from nexusquant.hf.cache_names import cache_argument
 from nexusquant.kernels import operator_for
 from nexusquant.kernels.warmup import warm_up
 from nexusquant.layout import RowLayout

@@ -30,7 +30,7 @@ from nexusquant.demo import calibration_text, demo_text
 from nexusquant.entropy.build import Sample, build_profile
 from nexusquant.entropy.layer import PAGE, LayerCode
 from nexusquant.entropy.profile import OCTAVE, QueryMoments, StoreProfile
-from nexusquant.hf.transformers_private import cache_argument
+from nexusquant.hf.cache_names import cache_argument
 from nexusquant.kernels import operator_for
 from nexusquant.kernels.warmup import warm_up
 from nexusquant.loading import load_model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nexusquant import CompressionConfig
-from nexusquant.hf.transformers_private import given_cache
+from nexusquant.hf.cache_names import given_cache
 
 EXACT = CompressionConfig(codec="exact", sinks=0, recent=0)
 

@@ -16,7 +16,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from nexusquant.cli import app
-from nexusquant.hf.transformers_private import generate_cache_name
+from nexusquant.hf.cache_names import generate_cache_name
 from tests.hf.models import tiny
 from tests.kvpress_cases import KeyNormPress
 from tests.tiny_checkpoint import tiny_tokenizer

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nexusquant import NexusCache, register_scorer
 from nexusquant.errors import ConfigError, UnsupportedError
-from nexusquant.hf.transformers_private import given_cache
+from nexusquant.hf.cache_names import given_cache
 from nexusquant.kvpress import PressedCache, PressScorer
 from nexusquant.scorers import ScoreInputs, get_scorer
 from tests.kvpress_cases import EXACT, KeyNormPress, pressed, slots

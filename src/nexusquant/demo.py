@@ -16,7 +16,8 @@ from nexusquant import NexusCache
 from nexusquant.accounting import CacheStats
 from nexusquant.errors import ConfigError
 from nexusquant.hf.cache import cache_stats
-from nexusquant.hf.transformers_private import BaseStreamer, generate_cache_name
+from nexusquant.hf.cache_names import generate_cache_name
+from nexusquant.hf.transformers_private import BaseStreamer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from nexusquant import CompressionConfig, NexusCache, calibrate, load, nexusquant_evict, save
-from nexusquant.hf.transformers_private import CACHE_NAMES, cache_argument, generate_cache_name
+from nexusquant.hf.cache_names import CACHE_NAMES, cache_argument, generate_cache_name
 from nexusquant.versions import TRANSFORMERS
 from tests.tiny_checkpoint import tiny_tokenizer
 from tests.zoo.builders import build, quiet

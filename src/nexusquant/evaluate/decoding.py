@@ -13,7 +13,7 @@ from torch import Tensor
 from nexusquant.accounting import CacheStats
 from nexusquant.evaluate.base import Quality, check_prefix
 from nexusquant.hf.cache import NexusCache, cache_stats, plain_cache
-from nexusquant.hf.transformers_private import cache_argument
+from nexusquant.hf.cache_names import cache_argument
 
 
 @dataclass(frozen=True)

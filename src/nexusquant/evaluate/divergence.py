@@ -13,8 +13,8 @@ from nexusquant.accounting import CacheStats
 from nexusquant.errors import ConfigError
 from nexusquant.evaluate.base import Quality, check_prefix
 from nexusquant.hf.cache import NexusCache, cache_stats, plain_cache
+from nexusquant.hf.cache_names import cache_argument
 from nexusquant.hf.collecting import read_prompt
-from nexusquant.hf.transformers_private import cache_argument
 
 _CHUNK = 64  # tokens that the uncompressed model reads at once
 

@@ -14,7 +14,7 @@ from nexusquant.accounting import CacheStats
 from nexusquant.errors import ConfigError
 from nexusquant.evaluate.base import Quality, check_prefix
 from nexusquant.hf.cache import NexusCache, cache_stats, plain_cache
-from nexusquant.hf.transformers_private import cache_argument
+from nexusquant.hf.cache_names import cache_argument
 
 _CHUNK = 64  # tokens whose full distributions exist at once
 

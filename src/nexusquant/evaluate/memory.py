@@ -12,8 +12,8 @@ from torch import Tensor
 from nexusquant.accounting import CacheStats
 from nexusquant.evaluate.base import Quality
 from nexusquant.hf.cache import NexusCache, cache_stats, plain_cache
+from nexusquant.hf.cache_names import cache_argument
 from nexusquant.hf.handle import KVHandle
-from nexusquant.hf.transformers_private import cache_argument
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from nexusquant.evaluate.base import DEFAULT_PRESETS, Quality
 from nexusquant.evaluate.haystacks import NeedlePrompt, needle_prompts
 from nexusquant.hf.cache import NexusCache, cache_stats, plain_cache
-from nexusquant.hf.transformers_private import cache_argument
+from nexusquant.hf.cache_names import cache_argument
 
 
 @dataclass(frozen=True)

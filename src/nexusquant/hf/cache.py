@@ -11,13 +11,14 @@ from transformers import DynamicCache, PreTrainedModel
 from nexusquant.accounting import CacheStats, storage_bytes
 from nexusquant.config import CompressionConfig, resolve_config
 from nexusquant.errors import UnsupportedError
-from nexusquant.hf.coverage import ENCODER_DECODER, cross_attention, refusal
+from nexusquant.hf.coverage import cross_attention
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.hybrid import CompactHybridLayer, CompactHybridSlidingLayer, LinearStateLayer
 from nexusquant.hf.install import Lease
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.profiles import ProfileBook, ProfileLike
+from nexusquant.hf.refusals import ENCODER_DECODER, refusal
 from nexusquant.hf.rope_tables import RopeBook
 from nexusquant.hf.sliding import CompactSlidingLayer
 from nexusquant.hf.transformers_private import (

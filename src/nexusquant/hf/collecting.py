@@ -15,11 +15,11 @@ from nexusquant.config import CompressionConfig
 from nexusquant.errors import ProfileError
 from nexusquant.frame import KeyFrame
 from nexusquant.hf.cache import compact_layers, text_config
+from nexusquant.hf.cache_names import cache_argument
 from nexusquant.hf.context import outside_blocks
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.profiles import ProfileBook, chunk_statistics
-from nexusquant.hf.transformers_private import cache_argument
 from nexusquant.math.e8 import GROUP
 from nexusquant.profile import Profile
 from nexusquant.residual import OutputSide

@@ -28,13 +28,13 @@ from nexusquant.hf.cache import (
     plain_cache,
     text_config,
 )
+from nexusquant.hf.cache_names import cache_argument, given_cache, named_arguments
 from nexusquant.hf.install import Installation, drop_copied_hooks
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.prepare import starters
 from nexusquant.hf.profiles import ProfileLike
 from nexusquant.hf.run import Run
 from nexusquant.hf.scoring import Scoring, join, obstacle, run_chunks, too_short
-from nexusquant.hf.transformers_private import cache_argument, given_cache, named_arguments
 from nexusquant.hf.uncompiled import uncompiled
 
 _lock = threading.RLock()

@@ -12,17 +12,15 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import DynamicCache
 
+from nexusquant.hf.refusals import refusal_of
 from nexusquant.hf.transformers_private import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     STOCK_HYBRID,
     STOCK_HYBRID_SLIDING,
     STOCK_LINEAR,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    cache_obstacle,
-    supports_dynamic_cache,
     up_to,
 )
 from nexusquant.math.e8 import GROUP
@@ -35,7 +33,6 @@ EXACT = "exact"
 STATE = "state, exact"
 NOTHING = "keeps nothing"
 
-ENCODER_DECODER = "is an encoder-decoder model; only decoder-only models are supported"
 _MULTIPLIES = "the model multiplies queries, keys and values itself"
 _LATENTS = "the model keeps latents (MLA) and expands them for attention"
 _BIAS = "the model adds a position bias of its own"
@@ -157,7 +154,7 @@ def cover(config: Any) -> Coverage:
             refused.
     """
     try:
-        refused = _refusal(config)  # first: models, once imported, register layers of their own
+        refused = refusal_of(config)  # first: models, once imported, register layers of their own
         text = config.get_text_config(decoder=True)
         stock = DynamicCache(config=text).layers
     except _UNFIT as error:
@@ -219,27 +216,6 @@ def _looped(config: Any) -> list[int]:
     else:
         return []
     return [*range(first, first + count)] * (loops - 1)
-
-
-def _refusal(config: Any) -> str:
-    """As `refusal`, of the class that a config is for; of no class if transformers knows none."""
-    architectures = getattr(config, "architectures", None) or ()
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    both_sides = any("ForConditionalGeneration" in name for name in architectures) or not known
-    if getattr(config, "is_encoder_decoder", False) and both_sides:
-        return ENCODER_DECODER
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if known else None
-    return refusal(model[0] if isinstance(model, (tuple, list)) else model, config)
-
-
-def refusal(model: type[Any] | None, config: Any) -> str:
-    """Why caches of a model class cannot be compressed, "" if they can."""
-    if not supports_dynamic_cache(model):
-        return "does not use a key-value cache that transformers manages (DynamicCache)"
-    layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
-    if not any(isinstance(layer, DynamicLayer) for layer in layers):
-        return "has no attention layers"
-    return cache_obstacle(model) if model else ""
 
 
 _KINDS: tuple[tuple[Any, str], ...] = (

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from nexusquant.errors import UnsupportedError
 from nexusquant.hf.attention import model_of
+from nexusquant.hf.cache_names import rename_cache, takes_every_name
 from nexusquant.hf.dispatch import eager_attention, make_dispatcher
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.passes import begin, finish, remember_attention, remember_block
@@ -27,9 +28,7 @@ from nexusquant.hf.transformers_private import (
     attention_tables,
     forget_attention,
     implementation,
-    rename_cache,
     set_implementation,
-    takes_every_name,
 )
 from nexusquant.hf.uncompiled import UncompiledForward, is_compiled
 

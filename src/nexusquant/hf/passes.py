@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from nexusquant.hf.cache_names import given_cache, named_arguments
 from nexusquant.hf.quirks import RotaryCall, layer_of, rotary_call
 from nexusquant.hf.second_pass import read_again
-from nexusquant.hf.transformers_private import given_cache, named_arguments
 from nexusquant.hf.uncompiled import uncompiled
 
 if TYPE_CHECKING:

@@ -8,14 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from nexusquant.hf.transformers_private import (
-    PREPARE_CACHE,
-    VALIDATE,
-    GenerationMode,
-    generate_cache_name,
-    given_cache,
-    renamed,
-)
+from nexusquant.hf.cache_names import generate_cache_name, given_cache, renamed
+from nexusquant.hf.transformers_private import PREPARE_CACHE, VALIDATE, GenerationMode
 
 starters: list[Callable[[nn.Module, Any], None]] = []
 """Called with the model and its cache: blocks make the cache compact."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nexusquant.hf.cache import plain_cache, text_config
-from nexusquant.hf.transformers_private import CACHE_NAMES, cache_argument
+from nexusquant.hf.cache_names import CACHE_NAMES, cache_argument
 from nexusquant.statistics import MIN_TOKENS
 
 CHUNK = MIN_TOKENS  # so that the first one builds a profile if there is none

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nexusquant.config import CompressionConfig
-from nexusquant.hf.transformers_private import cache_argument, given_cache
+from nexusquant.hf.cache_names import cache_argument, given_cache
 from nexusquant.scorers import get_scorer
 from nexusquant.scorers.kvzip import most_attention
 

@@ -13,13 +13,13 @@ from nexusquant.config import CompressionConfig
 from nexusquant.errors import UnsupportedError
 from nexusquant.frame import KeyFrame
 from nexusquant.hf.cache import compact_layers, text_config
+from nexusquant.hf.cache_names import cache_argument
 from nexusquant.hf.context import outside_blocks
 from nexusquant.hf.layer import CompactLayer
 from nexusquant.hf.notices import Notices
 from nexusquant.hf.profiles import ProfileBook
 from nexusquant.hf.quirks import attention_modules, layer_of
 from nexusquant.hf.sliding import CompactSlidingLayer
-from nexusquant.hf.transformers_private import cache_argument
 from nexusquant.math.rope import RopeTable, Span
 
 _SHOWN = 16
