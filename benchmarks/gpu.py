@@ -22,7 +22,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.speed import RATES, SHARES, Json, falling_rates, half_rotated, report
+from benchmarks.speed import Json, report
+from benchmarks.synthetic import RATES, SHARES, falling_rates, half_rotated
 from nexusquant.kernels.base import Entry, Request
 from nexusquant.kernels.reference import Reference
 from nexusquant.layout import RowLayout

@@ -29,10 +29,10 @@ from transformers import DynamicCache
 
 from benchmarks.compare import environment
 from benchmarks.plot import draw_times
+from benchmarks.synthetic import RATES, half_rotated, random_tiers
 from nexusquant import NexusCache
 from nexusquant.attention import attend
 from nexusquant.demo import calibration_text, demo_text
-from nexusquant.frame import KeyFrame
 from nexusquant.hf.cache_names import cache_argument
 from nexusquant.kernels import operator_for
 from nexusquant.kernels.warmup import warm_up
@@ -40,19 +40,12 @@ from nexusquant.layout import RowLayout
 from nexusquant.loading import demo_model, load_model
 from nexusquant.mask import Mask
 from nexusquant.math.e8 import GROUP, Book
-from nexusquant.math.rope import RopeTable, Span
 from nexusquant.progress import compile_kernels, kernel_report, progress_steps, quiet_transformers
-from nexusquant.quantizer import Centre, Orthonormal, Quantizer
-from nexusquant.slots import Slots
-from nexusquant.tokens import CodedTokens
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_show_locals=False)
 Json = Annotated[Path | None, typer.Option("--json", help="Result file.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Picture, needs matplotlib.")]
-STEPS = 32  # one whole cycle of the tail, with the step that compresses it
-SHARES = (0.12, 0.34, 0.54)
-RATES = {"high": (2.8, 1.8, 0.9), "lossless": (3.5, 2.5, 1.6), "2 bits": (2.0, 2.0, 2.0)}
-"""Bits per element of the tiers, as presets have them, or the same for all."""
+STEPS = 72  # fresh tokens settle once among them
 
 
 @app.command()
@@ -197,7 +190,7 @@ def _kernel_rows(
         attention = partial(scaled_dot_product_attention, *given, enable_gqa=True)
         add(name, attention, elements, elements * dtype.itemsize)
     for name, rates in RATES.items():
-        parts = _tiers(keys, values, rates)
+        parts = random_tiers(keys, values, rates)
         size = sum(x.nbytes for p in parts for x in (p.key_rows, p.value_rows, p.gains))
         attention = partial(attend, query, parts, Mask(None, length), **options)
         add(f"codes, {name}", attention, elements, size)
@@ -219,52 +212,6 @@ def _kernel_rows(
         else:
             row["of_memcpy"] = row["ms"] / named["memcpy"]
     return rows
-
-
-def half_rotated(slots: int, dim: int) -> KeyFrame:
-    """Pages of 32 slots, rotated like Llama's."""
-
-    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        def turn(x: Tensor) -> Tensor:
-            first, second = x.chunk(2, -1)
-            return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
-
-        return turn(q), turn(k)
-
-    table = RopeTable(apply)
-    frequencies = 1e4 ** (-torch.arange(dim // 2) / (dim // 2))
-    table.extend(0, Span(torch.arange(slots, dtype=torch.int32)[None], frequencies))
-    return KeyFrame(table, 32)
-
-
-def _tiers(keys: Tensor, values: Tensor, rates: Sequence[float]) -> list[CodedTokens]:
-    """Random tokens of every head to each tier; rates that fall from group to group."""
-    _, heads, tokens, dim = keys.shape
-    groups = dim // GROUP
-    order = torch.rand(1, heads, tokens).argsort(-1)
-    unit = Centre(torch.zeros(1, heads, 1, dim).half(), torch.ones(1, heads, 1, 1).half())
-    basis, parts, begin = Orthonormal("hadamard", dim), [], 0
-    for share, rate in zip(SHARES, rates, strict=True):
-        end = min(begin + round(share * tokens), tokens)
-        index = order[..., begin:end].sort(-1).values
-        begin = end
-        quantizer = Quantizer(RowLayout((falling_rates(groups, rate),) * heads), basis)
-        at = index[..., None].expand(-1, -1, -1, dim)
-        parts.append(
-            CodedTokens.encode(
-                keys.gather(2, at), values.gather(2, at), Slots.of(index), (unit, unit),
-                (quantizer, quantizer),
-            )
-        )  # fmt: skip
-    return parts
-
-
-def falling_rates(groups: int, rate: float) -> tuple[int, ...]:
-    """Rates of `rate` bits on average; all alike at 2 bits, otherwise falling like variances do."""
-    bits = [0] * groups
-    for _ in range(round(rate * groups)):
-        bits[min(range(groups), key=lambda g: bits[g] + 3.2 * g / groups * (rate != 2))] += 1
-    return tuple(bits)
 
 
 def _exponent(rows: Sequence[dict[str, Any]], what: str) -> float:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.speed import RATES, SHARES, _exponent, _tiers, app
+from benchmarks.speed import _exponent, app
+from benchmarks.synthetic import RATES, SHARES, random_tiers
 from tests.tiny_checkpoint import save_folder
 
 
@@ -34,7 +35,7 @@ def test_rates_are_those_named() -> None:
 
     keys, values = torch.randn(2, 1, 2, 400, 128)
     for rates in RATES.values():
-        parts = _tiers(keys, values, rates)
+        parts = random_tiers(keys, values, rates)
         mean = sum(s * r for s, r in zip(SHARES, rates, strict=True))
         size = sum(x.nbytes for p in parts for x in (p.key_rows, p.value_rows))
         assert 8 * size / (2 * keys.numel()) == pytest.approx(mean, rel=0.05)

@@ -20,7 +20,8 @@ from nexusquant.prefix import coded
 from nexusquant.prefix.decoded import decode_layers
 from nexusquant.prefix.loading import prefix_tokens
 from tests.nxq.cases import contents
-from tests.prefix.golden import FOLDER, TOKENS, embedded, layers
+from tests.prefix.golden_entropy import TOKENS, embedded, layers
+from tests.prefix.golden_parts import FOLDER
 from tests.prefix.plain_reader import Layer, read_safetensors
 
 VERSIONS = {1: "entropy-v1"}

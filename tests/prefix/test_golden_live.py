@@ -16,7 +16,8 @@ from nexusquant import ProfileError, load, nxq
 from nexusquant.prefix import live
 from nexusquant.prefix.payloads import PAYLOADS
 from tests.nxq.cases import contents
-from tests.prefix.golden import FOLDER, LIVE, goes_on, held, model, same_fingerprint, saved
+from tests.prefix.golden_live import LIVE, goes_on, held, model, same_fingerprint, saved
+from tests.prefix.golden_parts import FOLDER
 from tests.prefix.plain_reader import read_safetensors
 
 VERSIONS = (1,)
