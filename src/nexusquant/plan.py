@@ -98,12 +98,14 @@ def plan_coding(
     return Coding((centres[0], centres[1]), list(zip(key, value, strict=True)))
 
 
-def with_profile(config: CompressionConfig, coding: Coding, profile: Profile) -> Coding:
+def with_profile(config: CompressionConfig, coding: Coding, profile: Profile | None) -> Coding:
     """The same code space, where `profile` has it, and row layouts as `config` says."""
     key, value = coding.tiers[0]
     shapes = [(x.layout.heads, GROUP * x.layout.groups) for x in (key, value)]
     bases = [
-        Profiled(profile, x.basis.layer, x.basis.side) if isinstance(x.basis, Profiled) else x.basis
+        Profiled(profile, x.basis.layer, x.basis.side)
+        if profile is not None and isinstance(x.basis, Profiled)
+        else x.basis
         for x in (key, value)
     ]
     layouts = _layouts(config, bases, shapes, config.tier_shares, config.tier_factors)

@@ -28,8 +28,8 @@ def provisional(config: CompressionConfig) -> CompressionConfig:
     return config.replace(**dict(zip(("key_bits", "value_bits"), bits, strict=True)))
 
 
-def final(config: CompressionConfig, stored: Stored, profile: Profile) -> Stored:
-    """What was coded provisionally, as `config` and the complete profile say."""
+def final(config: CompressionConfig, stored: Stored, profile: Profile | None) -> Stored:
+    """What was coded provisionally, as `config` and the complete profile (None: none) say."""
     parts = [part for part in stored.body if isinstance(part, CodedTokens)]
     if not parts:
         return stored

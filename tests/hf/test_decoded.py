@@ -183,6 +183,20 @@ def test_a_first_prompt_takes_the_bits_that_are_asked_for(bits: float) -> None:
     assert 8 * rows / (2 * 2 * 16 * 516 * 3) == pytest.approx(bits, rel=0.03)
 
 
+def test_a_profile_that_comes_to_nothing_leaves_nothing_provisional(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(profiles, "chunk_statistics", lambda *_: None)
+    model = tiny()
+    sizes = []
+    for mode in ("first-prompt", "none"):
+        cache = NexusCache(model, "high", profile=mode)
+        feed(model, cache, prompt(520))
+        parts = [part for layer in cache.layers for part in layer.stored.body]
+        sizes.append(sum(part.key_rows.numel() + part.value_rows.numel() for part in parts))
+    assert sizes[0] == sizes[1]
+
+
 def test_single_tokens_are_never_scored() -> None:
     model = tiny()
     cache = NexusCache(model, residual_length=1, recent=0, evict_ratio=0.6)

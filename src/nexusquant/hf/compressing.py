@@ -127,10 +127,10 @@ class Compressing:
             self._code_again()
 
     def _code_again(self) -> None:
-        """The profile is complete, or void: what was coded provisionally gets its final rate."""
+        """The profile is complete, or there is none: what was coded provisionally gets its rate."""
         config, self.provisional = self.provisional, None
         profile = None if self.profiles is None else self.profiles.profile
-        if config is not None and profile is not None and profile.complete:
+        if config is not None and (profile is None or profile.complete):
             with own_arithmetic(self.device):
                 self.stored = final(config, self.stored, profile)
 
