@@ -1,8 +1,8 @@
 """Decoded tokens by age: more bits as long as few tokens follow, then the rate of the others.
 
 What was written last is read more than the average token of a prompt, so it is coded at
-`CompressionConfig.fresh_bits`, and once more, from those codes, when it is old. Noise of the first
-code adds to that of the second, at a rate so much higher that it is a small part.
+`CompressionConfig.fresh_bits`, and once more, from those codes, when it is old, which adds the
+noise of the first code to that of the second.
 """
 
 from __future__ import annotations
