@@ -44,7 +44,7 @@ class CacheStats:
 
     Attributes:
         nbytes: allocated bytes of everything the cache holds: codes, scales, means, positions,
-            uncoded tokens, rotary rows.
+            uncoded tokens, rotary rows, and a profile that no other cache shares.
         elements: elements of K and V that an uncompressed cache would hold now.
         tokens: logical length, in tokens per batch row, padding included.
         kept_tokens: entries stored per head, averaged over the compressed layers.

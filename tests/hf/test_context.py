@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from nexusquant import NexusCache, NexusQuantError, nexusquant_evict
 from nexusquant.hf.layer import CompactLayer
+from nexusquant.hf.profiles import remember_profile
 from tests.hf.models import assert_same_run, generate, prompt, tiny
 from tests.hf.situation_cases import EXACT, HALF
 from tests.hf.state import State
@@ -157,7 +158,8 @@ def test_the_profile_in_use(model: Any) -> None:
         assert run.profile is None, "too short to build one"
         generate(model, prompt(460), 1)
         built = run.profile
-    assert run.profile is built is NexusCache(model).profile is not None
+    assert run.profile is built is not None
+    remember_profile(model, built)
     with nexusquant_evict(model, "max") as run:
         assert run.profile is built, "found"
         own = NexusCache(model, rope_page=0)

@@ -191,10 +191,12 @@ def test_gpt2_keeps_its_square_weight_transposed(monkeypatch: pytest.MonkeyPatch
 @torch.no_grad()
 def test_nobody_asks_when_no_profile_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = tiny(), Seen(monkeypatch)
+    built = NexusCache(model)
     for settings in ({"codec": "exact"}, {"transform": "hadamard"}):
         model(prompt(530), cache=NexusCache(model, CompressionConfig(**settings)))
     model(prompt(400), cache=NexusCache(model))
     assert not seen.sides
-    model(prompt(530), cache=NexusCache(model))
-    model(prompt(530), cache=NexusCache(model))
-    assert len(seen.sides) == 3, "once per model"
+    model(prompt(530), cache=built)
+    model(prompt(530), cache=NexusCache(model, profile=built.profile))
+    model(prompt(530), cache=built)
+    assert len(seen.sides) == 3, "once per layer"

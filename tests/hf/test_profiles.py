@@ -1,9 +1,10 @@
-"""The first long prompt of a model builds its profile; the caches that follow use it."""
+"""The first long prompt of a cache builds its profile, which is its own."""
 
 from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from nexusquant import NexusCache, nexusquant_evict
 from nexusquant.hf.fingerprint import fingerprint
+from nexusquant.hf.profiles import remember_profile
 from nexusquant.profile import SIDES, Profile
 from nexusquant.quantizer import Orthonormal, Profiled
 from nexusquant.statistics import MIN_TOKENS
@@ -66,7 +68,7 @@ def error(model: Any, cache: NexusCache, ids: Tensor) -> float:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
-def test_the_first_long_prompt_builds_it_and_the_next_cache_uses_it(
+def test_the_first_long_prompt_builds_it_and_another_cache_can_be_given_it(
     kind: str, attention: str
 ) -> None:
     model = tiny(kind, attention)
@@ -80,6 +82,8 @@ def test_the_first_long_prompt_builds_it_and_the_next_cache_uses_it(
     assert (profile.tokens, profile.rope_page) == (LONG, 32)
     assert profile.fingerprint == fingerprint(model)
     assert bases(first) == [{Profiled}] * 3, "already the prompt that built it is coded with it"
+    assert NexusCache(model).profile is None, "it is nobody else's"
+    remember_profile(model, profile)
     second = NexusCache(model)
     assert second.profile is profile
     feed(model, second, prompt(60, seed=5), 60)
@@ -112,8 +116,7 @@ def test_shorter_prompts_stay_with_hadamard_and_build_nothing() -> None:
     assert bases(cache) == [{Orthonormal}] * 3
     feed(model, cache, prompt(LONG), LONG)
     assert bases(cache) == [{Orthonormal}] * 3, "what was begun goes on"
-    assert cache.profile is not None, "and the next cache starts with a profile"
-    assert NexusCache(model).profile is cache.profile
+    assert cache.profile is None, "nothing would use it"
 
 
 def test_a_turn_much_shorter_than_its_past_builds_nothing() -> None:
@@ -124,20 +127,41 @@ def test_a_turn_much_shorter_than_its_past_builds_nothing() -> None:
     assert cache.profile is None
 
 
-def test_a_cache_made_before_uses_what_another_built() -> None:
+def test_a_cache_made_before_uses_what_was_calibrated_since() -> None:
     model = tiny()
-    first, second = NexusCache(model), NexusCache(model)
-    for cache in (first, second):
-        feed(model, cache, prompt(LONG), LONG)
-    assert second.profile is first.profile
+    feed(model, built := NexusCache(model), prompt(LONG), LONG)
+    assert built.profile is not None
+    cache = NexusCache(model)
+    remember_profile(model, built.profile)
+    feed(model, cache, prompt(LONG), LONG)
+    assert cache.profile is built.profile
+
+
+def test_what_was_read_before_changes_nothing() -> None:
+    """Prompts A, then B give B what B alone gets: in another cache, and in one that was reset."""
+    ids, results = prompt(LONG, seed=2), []
+    for before in (None, "another", "reset"):
+        model = tiny()
+        cache = NexusCache(model)
+        if before:
+            feed(model, cache, prompt(LONG, seed=1), LONG)
+        if before == "reset":
+            cache.reset()
+        else:
+            cache = NexusCache(model)
+        feed(model, cache, ids, LONG)
+        results.append((cache.nbytes, feed(model, cache, prompt(9), 1)))
+    for nbytes, logits in results[1:]:
+        assert nbytes == results[0][0]
+        assert torch.equal(logits, results[0][1])
 
 
 def test_labels_build_it_too() -> None:
     model = tiny()
     ids = prompt(2 * MIN_TOKENS)
-    with nexusquant_evict(model):
+    with nexusquant_evict(model) as run:
         model(ids, labels=ids)
-    assert NexusCache(model).profile is not None
+    assert run.profile is not None
 
 
 @pytest.mark.parametrize("settings", [{"codec": "exact"}, {"transform": "hadamard"}], ids=str)
@@ -146,36 +170,37 @@ def test_settings_without_a_profile_build_none(settings: dict[str, Any]) -> None
     cache = NexusCache(model, **settings)
     feed(model, cache, prompt(LONG), LONG)
     assert cache.profile is None
-    assert NexusCache(model).profile is None
 
 
 def test_the_same_prompt_gives_the_same_profile() -> None:
     profiles = []
     for seed in (1, 1, 2):
         model = tiny()
-        with nexusquant_evict(model), torch.no_grad():
+        with nexusquant_evict(model) as run, torch.no_grad():
             state = torch.random.get_rng_state()
             model(prompt(LONG, seed=seed))
             assert torch.equal(torch.random.get_rng_state(), state), "no global randomness"
-        found = NexusCache(model).profile
-        assert found is not None
-        profiles.append(found)
+        assert run.profile is not None
+        profiles.append(run.profile)
     assert_equal(*profiles[:2])
     assert not torch.equal(profiles[0].layers[0].key.forward, profiles[2].layers[0].key.forward)
 
 
-def test_it_is_shared_and_not_counted() -> None:
+def test_it_counts_unless_it_is_the_models() -> None:
     model = tiny()
-    caches = [NexusCache(model), NexusCache(model)]
-    feed(model, caches[0], prompt(LONG), LONG)
-    caches[1] = NexusCache(model)
-    feed(model, caches[1], prompt(LONG), LONG)
-    profile = caches[0].profile
+    feed(model, built := NexusCache(model), prompt(LONG), LONG)
+    profile = built.profile
     assert profile is not None
     assert profile.nbytes == sum(x.nbytes for x in tensors(profile).values()) > 0
     assert walked_bytes(profile) >= profile.nbytes
+    assert built.nbytes == walked_bytes(built) - walked_bytes(profile) + profile.nbytes
+    remember_profile(model, replace(profile, source="a calibration"))
+    caches = [NexusCache(model), NexusCache(model)]
     for cache in caches:
-        assert cache.nbytes == walked_bytes(cache) - walked_bytes(profile) > 0
+        feed(model, cache, prompt(LONG), LONG)
+        assert cache.nbytes == walked_bytes(cache) - walked_bytes(cache.profile) > 0
+    profile = caches[0].profile
+    assert caches[1].profile is profile
     twin = copy.deepcopy(caches[0])
     assert twin.profile is profile
     assert twin.nbytes == caches[0].nbytes
@@ -188,9 +213,8 @@ def test_generation_and_the_block_use_it() -> None:
     ids = prompt(LONG)
     with nexusquant_evict(model) as run:
         first = generate(model, ids, 4)
-        profile = NexusCache(model).profile
         again = generate(model, ids, 4)
-    assert profile is not None
+    assert first.sequences.equal(again.sequences)
     caches = [out.cache for out in (first, again)]
     assert [bases(cache) for cache in caches] == [[{Profiled}] * 3] * 2
     assert run.stats.compressed_layers == 3
@@ -211,11 +235,9 @@ def test_a_pass_that_fails_half_way_leaves_no_profile(failure: type[BaseExceptio
     with pytest.raises(failure, match="layer 1"):
         feed(model, cache, prompt(LONG), LONG)
     handle.remove()
-    assert NexusCache(model).profile is None
     feed(model, cache, prompt(60), 60)  # too short to build one
     assert cache.profile is None
     assert cache.get_seq_length() == 60
-    assert NexusCache(model).profile is None
     fresh = NexusCache(model)
     feed(model, fresh, prompt(LONG), LONG)
     whole = tiny()
@@ -223,7 +245,7 @@ def test_a_pass_that_fails_half_way_leaves_no_profile(failure: type[BaseExceptio
     assert_equal(fresh.profile, reference.profile)
 
 
-def test_two_threads_agree_on_one_profile() -> None:
+def test_two_threads_build_each_their_own() -> None:
     model = tiny()
 
     def work(seed: int, gate: threading.Barrier) -> NexusCache:
@@ -238,8 +260,7 @@ def test_two_threads_agree_on_one_profile() -> None:
         assert cache.profile is not None
         assert list(cache.profile.layers) == [0, 1, 2]
         assert bases(cache) == [{Profiled}] * 3
-    shared = NexusCache(model).profile
-    assert sum(cache.profile is shared for cache in caches) == 1
+    assert caches[0].profile is not caches[1].profile
 
 
 def test_a_profile_is_built_of_the_longest_row_without_its_padding() -> None:
@@ -264,13 +285,15 @@ def test_a_profile_is_built_of_the_longest_row_without_its_padding() -> None:
     assert cache.profile is None
 
 
-def test_a_cache_keeps_its_profile_when_reset() -> None:
+def test_a_cache_keeps_the_models_profile_when_reset() -> None:
     model = tiny()
+    feed(model, built := NexusCache(model), prompt(LONG), LONG)
+    assert built.profile is not None
+    remember_profile(model, replace(built.profile, source="a calibration"))
     cache = NexusCache(model)
     feed(model, cache, prompt(LONG), LONG)
-    profile = cache.profile
     cache.reset()
-    assert cache.profile is profile
+    assert cache.profile is not None
     feed(model, cache, prompt(40), 40)
     assert bases(cache) == [{Profiled}] * 3
 
@@ -279,7 +302,9 @@ def test_changed_weights_make_another_model() -> None:
     model = tiny()
     cache = NexusCache(model)
     feed(model, cache, prompt(LONG), LONG)
-    assert NexusCache(model).profile is cache.profile is not None
+    assert cache.profile is not None
+    remember_profile(model, cache.profile)
+    assert NexusCache(model).profile is cache.profile
     with torch.no_grad():
         next(model.parameters()).mul_(2)
     assert NexusCache(model).profile is None

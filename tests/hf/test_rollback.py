@@ -58,7 +58,7 @@ def test_a_deferred_prompt_leaves_no_lesser_profile_behind() -> None:
     cache.crop(-20)
     feed(model, cache, prompt(5), 5)
     feed(other, direct, prompt(560), 560)
-    left, whole = NexusCache(model).profile, direct.profile
+    left, whole = cache.profile, direct.profile
     assert left is not None
     assert whole is not None
     for index, layer in whole.layers.items():

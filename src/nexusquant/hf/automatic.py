@@ -23,7 +23,7 @@ from nexusquant.hf.collecting import Collector, show
 from nexusquant.hf.context import outside_blocks
 from nexusquant.hf.coverage import CODES, DECODED, KEPT, cover
 from nexusquant.hf.notices import Notices
-from nexusquant.hf.profiles import FIRST_PROMPT, find_profile, remember_profile
+from nexusquant.hf.profiles import find_profile, remember_profile
 from nexusquant.profile import Profile
 from nexusquant.profile_store import save_profile
 from nexusquant.statistics import MIN_DISTINCT, MIN_TOKENS
@@ -62,24 +62,24 @@ def automatic_profile(
     """
     with _lock:
         known = find_profile(model, page)
-        if known is not None and known.source not in (FIRST_PROMPT, SAMPLED):
+        if known is not None and known.source != SAMPLED:
             return known
         if not {CODES, DECODED, KEPT} & {layer.treatment for layer in cover(model.config).layers}:
             return known  # all latents, or kept exact
         tokenizer = _tokenizer(model)
-        if tokenizer is None and known is not None and known.source == SAMPLED:
+        if tokenizer is None and known is not None:
             return known
         if page in _failed.get(model, ()):
             return known
         try:
             return _calibrated(model, page, tokenizer, report)
         # A forward pass of somebody else's model runs here, remote code included: what it raises is
-        # no closed list. Nothing is lost: its first prompt builds a profile, as one reads here.
+        # no closed list. Nothing is lost: its prompts build their profiles, as one reads here.
         except Exception as error:
             _failed.setdefault(model, set()).add(page)
             _notices.warn(
-                f"{type(model).__name__} could not be calibrated ({error}): the first long prompt"
-                " builds its profile. nexusquant.calibrate(model, tokenizer, texts) does better."
+                f"{type(model).__name__} could not be calibrated ({error}): every long first"
+                " prompt builds a profile of its own. nexusquant.calibrate(model, tokenizer, texts) does better."
             )
             return known
 

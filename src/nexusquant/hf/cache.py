@@ -175,8 +175,10 @@ def cache_stats(cache: Cache) -> CacheStats:
                 tensor = getattr(layer, name, None)
                 elements += tensor.numel() if tensor is not None else 0
     kept = [_kept(layer) for layer in coded or layers]
+    books = {id(layer.profiles): layer.profiles for layer in compact if layer.profiles}
+    own = [book.own for book in books.values() if book.own]
     return CacheStats(
-        nbytes=storage_bytes(things, others),
+        nbytes=storage_bytes(things, others) + sum(profile.nbytes for profile in own),
         elements=elements,
         tokens=max((_length(layer) for layer in layers), default=0),
         kept_tokens=sum(kept) / len(kept) if kept else 0.0,
@@ -215,8 +217,8 @@ class NexusCache(DynamicCache):
         profile: where the model's profile comes from if it is neither known in this process nor
             stored in the user's cache directory. "auto" (default; `NEXUSQUANT_PROFILE` in the
             environment says otherwise): the model is calibrated now, on text of this package, and
-            the profile stored. "first-prompt": the first long one builds one while it is
-            compressed, for this process. "none": coded without. Or a profile, or its file.
+            the profile stored. "first-prompt": the cache's first long prompt builds one while it
+            is compressed, for this cache, in whose bytes it counts. "none": coded without. Or a profile, or its file.
         **overrides: fields of `CompressionConfig`.
 
     Raises:
@@ -249,7 +251,9 @@ class NexusCache(DynamicCache):
 
     @property
     def profile(self) -> Profile | None:
-        """What is shared by all sequences of the model, not counted in `nbytes`."""
+        """The model's, shared by all its caches and not counted in `nbytes`; or, by "first-prompt",
+        this cache's own, which is.
+        """
         return self._profiles.profile
 
     def activate_past_recording(self) -> None:

@@ -69,7 +69,7 @@ class Compressing:
     def _profile(self, call: Call, chunk: Chunk) -> Profile | None:
         if self.profiles is None:
             return None
-        alone = 2 * call.query.shape[2] >= self.length  # little else to attend to
+        alone = not self.stored.body and 2 * call.query.shape[2] >= self.length
         output = call.output if alone else None
         return self.profiles.obtain(chunk, self.frame(), self.config.sinks, output)
 

@@ -186,8 +186,8 @@ def nexusquant_evict(
         profile: where the model's profile comes from if it is neither known in this process nor
             stored in the user's cache directory. "auto" (default; `NEXUSQUANT_PROFILE` in the
             environment says otherwise): the model is calibrated now, on text of this package, and
-            the profile stored. "first-prompt": the first long one builds one while it is
-            compressed, for this process. "none": coded without. Or a profile, or its file.
+            the profile stored. "first-prompt": a cache's first long prompt builds one while it is
+            compressed, for that cache, in whose bytes it counts. "none": coded without. Or a profile, or its file.
         **overrides: fields of `CompressionConfig`.
 
     Yields:

@@ -73,6 +73,8 @@ class CompactLayer(BatchOperations, Compressing, Rollback, LogicalSizes, CacheLa
         self.repeating = False
         if self.rope is not None:
             self.rope.truncate(0)
+        if self.profiles is not None:
+            self.profiles.forget()
 
     def state(self) -> tuple[Any, ...]:
         """What `restore` needs to undo the updates that follow; holds references, no copies."""

@@ -1,4 +1,4 @@
-"""The profile of a model: looked up once, or built while the first long prompt is compressed."""
+"""The profile of a cache: the model's, looked up once, or built from the cache's own first prompt."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ ProfileLike = Profile | str | Path | None
 
 MODES = ("auto", "first-prompt", "none")
 """Where a profile comes from that is neither known nor stored: the model is calibrated on the
-package's own text before its first cache is used; the first long prompt builds it while it is
-compressed; or there is none."""
+package's own text before its first cache is used; every cache builds its own while its first long
+prompt is compressed; or there is none."""
 
 FIRST_PROMPT = "first prompt"
-"""Source of profiles that a prompt has built."""
+"""Source of profiles that a prompt has built: for one cache, in whose bytes they count."""
 
 _lock = threading.RLock()
 _known: weakref.WeakKeyDictionary[nn.Module, dict[int, Profile]] = weakref.WeakKeyDictionary()
@@ -125,7 +125,7 @@ def _from_file(path: str | Path, fingerprint: str) -> Profile:
 
 
 class ProfileBook:
-    """The profile that one cache uses; the first long prompt of a model builds it."""
+    """The profile that one cache uses: the model's, or what its own first long prompt builds."""
 
     def __init__(
         self, model: nn.Module, page: int, profile: Profile | None = None, wanted: bool = True
@@ -155,10 +155,7 @@ class ProfileBook:
     def obtain(
         self, chunk: Chunk, frame: KeyFrame, sinks: int, output: Callable[[], OutputSide] | None
     ) -> Profile | None:
-        """The profile, if it knows the chunk's layer or can be built from this chunk.
-
-        Behind a short first turn, a long one builds it for the caches to come: what is coded stays.
-        """
+        """The profile, if it knows the chunk's layer or can be built from this chunk."""
         if not self.wanted or chunk.queries is None or output is None:
             return self.profile
         if self.profile is not None and chunk.layer_idx in self.profile.layers:
@@ -192,10 +189,17 @@ class ProfileBook:
             self.profile = None
             return
         self.profile.complete = True
-        model = None if self._model is None else self._model()
-        with _lock:
-            if model is not None:
-                _known.setdefault(model, {}).setdefault(self.page, self.profile)
+
+    @property
+    def own(self) -> Profile | None:
+        """The profile, if it is this cache's alone."""
+        own = self.profile is not None and self.profile.source == FIRST_PROMPT
+        return self.profile if own else None
+
+    def forget(self) -> None:
+        """The cache is reset: its next prompt shall get what it would get alone."""
+        if self.own is not None:
+            self.profile = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProfileBook:
         return self  # a copied cache goes on with the same profile
