@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nexusquant.profile import LayerProfile, Profile, Side
+from nexusquant.rank_costs import RANKS, RankCosts
 
 Edit = Callable[[dict[str, Tensor], dict[str, Any]], None]
 
@@ -26,9 +27,13 @@ def side(heads: int, dim: int) -> Side:
     )  # fmt: skip
 
 
+def ranked(heads: int) -> RankCosts:
+    return torch.rand(heads, RANKS + 1), torch.rand(heads, RANKS + 1)
+
+
 def profile(**changes: Any) -> Profile:
     layers = {
-        3: LayerProfile(side(2, 16), side(2, 24), 0.1 + 0.2),
+        3: LayerProfile(side(2, 16), side(2, 24), 0.1 + 0.2, ranked(2)),
         0: LayerProfile(side(1, 8), side(1, 8), 1e-7),
         11: LayerProfile(side(4, 8), side(4, 8)),
     }
@@ -37,7 +42,12 @@ def profile(**changes: Any) -> Profile:
 
 def same(a: Profile, b: Profile) -> bool:
     tensors = [
-        [x for one in p.layers.values() for s in (one.key, one.value) for x in vars(s).values()]
+        [
+            x
+            for one in p.layers.values()
+            for group in (vars(one.key).values(), vars(one.value).values(), one.rank_costs or ())
+            for x in group
+        ]
         for p in (a, b)
     ]
     names = "fingerprint", "rope_page", "source", "tokens", "complete"

@@ -23,10 +23,12 @@ from nexusquant.profile import (
     Shared,
     Side,
 )
+from nexusquant.rank_costs import RANKS
 
 CPU = torch.device("cpu")
 TIERS = (0.12, 0.34, 0.54)
 PLAIN = Budget(2.0, 2.0, True, (1.0,), (1.0,))
+TIERED = Budget(2.0, 2.0, True, TIERS, (16.0, 4.0, 1.0))
 
 
 def side(heads: int, dim: int, weight: float = 1.0) -> Side:
@@ -62,19 +64,69 @@ def rates(tiers: list[Layouts], side: int) -> Tensor:
 # -- costs
 
 
-def test_costs_head_by_head() -> None:
-    """All heads weigh alike; their variances differ."""
+def test_costs_without_ranks_head_by_head() -> None:
+    """All heads weigh alike; their variances differ, and tiers are so many bits apart."""
     one = layer()
     shared = Shared(0.03, 0.4)
     for got, part, factor, mean, share in zip(
-        one.costs(shared), (one.key, one.value), (1.0, one.inverse_residual), (0.03, 0.4),
+        one.costs(shared, TIERED), (one.key, one.value), (1.0, one.inverse_residual), (0.03, 0.4),
         (1.0, VALUE_SHARE), strict=True,
     ):  # fmt: skip
-        assert got.shape == (2, 4, 2)
-        for head, group in itertools.product(range(2), range(4)):
+        assert got.shape == (3, 2, 4, 2)
+        for tier, head, group in itertools.product(range(3), range(2), range(4)):
             expected = share * factor * mean * float(part.variance[head, group])
+            expected *= TIERED.factors[tier]
             more = expected * (float(part.coherence[head, group]) - 1)
-            assert got[head, group].tolist() == pytest.approx([expected, more], rel=1e-4)
+            assert got[tier, head, group].tolist() == pytest.approx([expected, more], rel=1e-4)
+
+
+def test_costs_by_rank_head_by_head() -> None:
+    """A tier costs what the ranks in it do, in the mean; what no rank tells counts for nothing."""
+    by_rank = torch.rand(2, 2, RANKS + 1).exp().pow(6)  # of keys and of values
+    one = replace(layer(), rank_costs=(by_rank[0], by_rank[1]))
+    budget = replace(TIERED, shares=(0.125, 0.375, 0.5), kept=0.8)
+    stops = (0, 4, 16, 32)  # of 40 ranks
+    for got, part, ranks, share in zip(
+        one.costs(Shared(7, 7), budget), (one.key, one.value), by_rank, (1.0, VALUE_SHARE),
+        strict=True,
+    ):  # fmt: skip
+        for tier, head, group in itertools.product(range(3), range(2), range(4)):
+            mean = float(ranks[head, stops[tier] : stops[tier + 1]].double().mean())
+            expected = share * mean * float(part.variance[head, group])
+            assert float(got[tier, head, group, 0]) == pytest.approx(expected, rel=1e-4)
+    parts = replace(PLAIN, shares=(0.3, 0.7)).tier_costs(by_rank[0])
+    torch.testing.assert_close(
+        0.3 * parts[0] + 0.7 * parts[1], by_rank[0, :, :-1].double().mean(-1), rtol=1e-6, atol=0
+    )
+    recent = replace(PLAIN, recent=True).tier_costs(by_rank[0])
+    assert torch.equal(recent, by_rank[0, None, :, -1].double())
+
+
+def test_ranks_by_other_scores_tell_of_the_head_as_a_whole() -> None:
+    by_rank = torch.rand(2, RANKS + 1)
+    got = replace(TIERED, ranked=False, kept=0.5).tier_costs(by_rank)
+    mean = (torch.tensor(TIERS)[:, None] * got).sum(0)
+    torch.testing.assert_close(mean, by_rank[:, :-1].double().mean(-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(got[0] / got[2], torch.full((2,), 16.0).double())
+
+
+def test_heads_that_look_back_get_the_bits() -> None:
+    """And among their tokens those of the ranks that they look at."""
+    flat = torch.ones(2, RANKS + 1)
+    flat[1] = 100
+    steep = flat.clone()
+    steep[:, :4] *= 100
+    both = {}
+    for name, ranks in (("flat", flat), ("steep", steep)):
+        one = replace(layer(), rank_costs=(ranks, ranks))
+        for part in (one.key, one.value):
+            part.variance.fill_(1)
+            part.coherence.fill_(1)
+        found = profile(one).layouts(5, replace(TIERED, shares=(0.1, 0.4, 0.5)))
+        both[name] = rates(found, 0).double().mean(-1)  # (tiers, heads)
+    assert (both["flat"][:, 1] >= both["flat"][:, 0] + 2).all()
+    assert (both["flat"].amax(0) - both["flat"].amin(0)).max() <= 1, "all ranks alike"
+    assert (both["steep"][0] >= both["steep"][1] + 2).all()
 
 
 def test_shared_weights_are_geometric_means_over_all_heads() -> None:
@@ -92,7 +144,7 @@ def test_a_head_without_any_influence_breaks_nothing() -> None:
     known = profile(one)
     strongest = float(one.key.weight.max())
     assert 1e-6 * strongest < Shared.of([one]).key < strongest
-    cost = one.costs(Shared.of([one]))[0]
+    cost = one.costs(Shared.of([one]), PLAIN)[0]
     assert (cost[..., 0] > 0).all()
     assert (
         spent(known.layouts(5, PLAIN), (1.0,), 0) + spent(known.layouts(5, PLAIN), (1.0,), 1) == 32
@@ -139,11 +191,11 @@ def test_layouts_are_one_allocation_over_everything(joint: bool) -> None:
     layers = [layer(1.0, 9.0), layer(4.0, 1.0, (64, 16)), layer(0.1, 0.2)]
     known, budget = profile(*layers), Budget(2.5, 1.5, joint, TIERS, (16.0, 4.0, 1.0))
     shared = Shared.of(layers)
-    entries: dict[str, list[tuple[int, int, int, list[float]]]] = {"key": [], "value": []}
+    entries: dict[str, list[tuple[int, int, int, list[list[float]]]]] = {"key": [], "value": []}
     for at, one in known.layers.items():
-        for name, cost in zip(("key", "value"), one.costs(shared), strict=True):
-            for head, group in itertools.product(*map(range, cost.shape[:2])):
-                entries[name].append((at, head, group, cost[head, group].tolist()))
+        for name, cost in zip(("key", "value"), one.costs(shared, budget), strict=True):
+            for head, group in itertools.product(*map(range, cost.shape[1:3])):
+                entries[name].append((at, head, group, cost[:, head, group].tolist()))
     both = [("key", x) for x in entries["key"]] + [("value", x) for x in entries["value"]]
     mean = (2.5 * len(entries["key"]) + 1.5 * len(entries["value"])) / len(both)
     batches = [(both, mean)]
@@ -153,9 +205,8 @@ def test_layouts_are_one_allocation_over_everything(joint: bool) -> None:
             for name, bits in (("key", 2.5), ("value", 1.5))
         ]
     for batch, bits in batches:
-        costs = torch.tensor([x[1][3] for x in batch])
-        factors = torch.tensor([16.0, 4.0, 1.0])[:, None, None]
-        expected = allocate(costs * factors, torch.tensor(TIERS), bits)
+        costs = torch.tensor([x[1][3] for x in batch]).transpose(0, 1)
+        expected = allocate(costs, torch.tensor(TIERS), bits)
         for i, (name, (at, head, group, _)) in enumerate(batch):
             got = rates(known.layouts(at, budget), ("key", "value").index(name))
             assert got[:, head, group].tolist() == expected[:, i].tolist()

@@ -132,6 +132,12 @@ DAMAGE: dict[str, Edit] = {
     "inverse of something else": put("3.value.inverse", lambda x: x.flip(0)),
     "negative variance": put("3.value.variance", poke(-1.0)),
     "negative weight": put("3.value.weight", poke(-1.0)),
+    "costs by rank of one side": lambda tensors, _: tensors.pop("3.key.rank_costs"),
+    "costs by rank of fewer ranks": put("3.value.rank_costs", lambda x: x[:, 1:].contiguous()),
+    "costs by rank of fewer heads": put("3.value.rank_costs", lambda x: x[1:].contiguous()),
+    "costs by rank in fp16": put("3.value.rank_costs", lambda x: x.half()),
+    "negative cost by rank": put("3.key.rank_costs", poke(-1.0)),
+    "infinite cost by rank": put("3.key.rank_costs", poke(float("inf"))),
     "fewer heads than values": lambda tensors, _: tensors.update(
         {name: x[:3].contiguous() for name, x in tensors.items() if name.startswith("11.key")}
     ),

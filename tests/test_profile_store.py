@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from nexusquant.errors import ProfileError
 from nexusquant.profile import LayerProfile
@@ -38,6 +40,17 @@ def test_loaded_profiles_can_be_stored_again(stored: Path) -> None:
     before = stored.read_bytes()
     save_profile(load_profile(stored), stored)
     assert stored.read_bytes() == before, "equal profiles are equal files"
+
+
+def test_files_without_costs_by_rank_are_read_and_written_as_they_were(tmp_path: Path) -> None:
+    known = profile()
+    known.layers = {i: replace(layer, rank_costs=None) for i, layer in known.layers.items()}
+    path = save_profile(known, tmp_path / "p")
+    with safe_open(str(path), framework="pt") as file:
+        assert json.loads(file.metadata()["nexusquant"])["format"] == 2
+        assert not any("rank" in name for name in file.keys())  # noqa: SIM118
+    loaded = load_profile(path)
+    assert all(layer.rank_costs is None for layer in loaded.layers.values())
 
 
 def test_views_and_transposes_are_stored_as_what_they_show(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from nexusquant.budget import Selection, select_tokens, split_heads, split_tiers
 from nexusquant.config import CompressionConfig
 from nexusquant.errors import NonFiniteError
-from nexusquant.frame import KeyFrame
+from nexusquant.frame import KeyFrame, QueryRope
 from nexusquant.fresh import settled, with_fresh_tokens
 from nexusquant.plan import Coding, fresh_quantizers, plan_coding
 from nexusquant.profile import Profile
@@ -46,22 +46,6 @@ class Chunk:
     softcap: float | None = None
     layer_idx: int = 0
     received: Tensor | None = None
-
-
-class _QueryRope:
-    """`ScoringRope` of one chunk: its queries' slots and the positions that follow."""
-
-    def __init__(self, frame: KeyFrame, last_slot: int, dim: int) -> None:
-        self.frame, self.last_slot, self.dim = frame, last_slot, dim
-
-    def remove(self, queries: Tensor, step: int = 1) -> Tensor:
-        first = self.last_slot - step * (queries.shape[2] - 1)
-        slots = torch.arange(first, self.last_slot + 1, step, device=queries.device)
-        return self.frame.remove(queries, slots.view(1, 1, -1))
-
-    def average_rotation(self, count: int) -> Tensor | None:
-        assert self.frame.table is not None
-        return self.frame.table.average_rotation(count, self.dim)
 
 
 def compress(
@@ -128,7 +112,7 @@ def _scores(
     if chunk.queries is None or not wanted:
         return None
     last = chunk.start + chunk.keys.shape[2] - 1
-    rope = _QueryRope(frame, last, chunk.keys.shape[-1]) if frame.table else None
+    rope = QueryRope.of(frame, last, chunk.keys.shape[-1])
     inputs = ScoreInputs(
         chunk.queries, chunk.keys, chunk.values, chunk.valid, chunk.scaling, chunk.softcap,
         _first_sinks(config, past), rope, config.seed, chunk.layer_idx,

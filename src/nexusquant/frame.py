@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nexusquant.math.rope import RopeTable
@@ -34,11 +35,7 @@ class KeyFrame:
 
     def of_row(self, row: int) -> KeyFrame:
         """The frame of one batch row, for tensors of batch 1."""
-        if self.table is None:
-            return self
-        cos, sin = self._at(self.page)
-        picked = slice(row, row + 1) if len(cos) > 1 else slice(None)
-        return KeyFrame(self.table, self.page, {self.page: (cos[picked], sin[picked])})
+        return self if self.table is None else KeyFrame(self.table.of_row(row), self.page)
 
     def _at(self, page: int) -> tuple[Tensor, Tensor]:
         assert self.table is not None
@@ -71,3 +68,26 @@ class KeyFrame:
         if self.table is None:
             return x.float()
         return self.table.turn(x, slots, self._at(1), inverse=True)
+
+
+class QueryRope:
+    """`scorers.ScoringRope` of one chunk: its queries' slots, and the positions that follow."""
+
+    def __init__(self, frame: KeyFrame, last_slot: int, dim: int) -> None:
+        self.frame, self.last_slot, self.dim = frame, last_slot, dim
+
+    @classmethod
+    def of(cls, frame: KeyFrame, last_slot: int, dim: int) -> QueryRope | None:
+        """None where keys are not rotated. `last_slot`: of the last query; dim: head_dim."""
+        return cls(frame, last_slot, dim) if frame.table else None
+
+    def remove(self, queries: Tensor, step: int = 1) -> Tensor:
+        """As in `ScoringRope`."""
+        first = self.last_slot - step * (queries.shape[2] - 1)
+        slots = torch.arange(first, self.last_slot + 1, step, device=queries.device)
+        return self.frame.remove(queries, slots.view(1, 1, -1))
+
+    def average_rotation(self, count: int) -> Tensor | None:
+        """As in `ScoringRope`."""
+        assert self.frame.table is not None
+        return self.frame.table.average_rotation(count, self.dim)

@@ -15,6 +15,7 @@ from nexusquant.math.e8 import GROUP
 from nexusquant.math.gains import LIMIT
 from nexusquant.profile import SIDES, Budget, Layouts, Profile
 from nexusquant.quantizer import Basis, Centre, Orthonormal, Profiled, Quantizer
+from nexusquant.rank_costs import SCORER
 from nexusquant.tokens import CodedTokens
 
 _HUGE = 100  # times the median squared size: such vectors do not set the scale of the others
@@ -129,7 +130,8 @@ def fresh_quantizers(config: CompressionConfig, coding: Coding) -> tuple[Quantiz
         **{f"{side}_bits": min(getattr(config, f"{side}_bits") + config.fresh_bits, MAX_BITS)
            for side in SIDES}
     )  # fmt: skip
-    layouts = _layouts(finer, [x.basis for x in final], shapes, (1.0,), (1.0,))[0]
+    bases = [x.basis for x in final]
+    layouts = _layouts(finer, bases, shapes, (1.0,), (1.0,), recent=True)[0]
     if sum(x.row_bytes for x in layouts) <= sum(x.layout.row_bytes for x in final):
         return final
     key, value = (replace(x, layout=y) for x, y in zip(final, layouts, strict=True))
@@ -142,15 +144,21 @@ def _layouts(
     shapes: Sequence[tuple[int, int]],
     shares: tuple[float, ...],
     factors: tuple[float, ...],
+    recent: bool = False,
 ) -> list[Layouts]:
     """Per tier those of keys and values, whose (heads, dim) are `shapes`."""
     basis, alike = bases[0], config.key_bits == config.value_bits
     profiled = isinstance(basis, Profiled)
     joint = config.allocation == "joint" and profiled and alike
-    budget = Budget(config.key_bits, config.value_bits, joint, shares, factors)
+    ranked = config.scorer == SCORER and config.per_head
+    budget = Budget(
+        config.key_bits, config.value_bits, joint, shares, factors, 1 - config.evict_ratio, ranked,
+        recent,
+    )  # fmt: skip
     if isinstance(basis, Profiled) and config.allocation != "uniform":
         return basis.profile.layouts(basis.layer, budget)
-    key, value = (uniform_costs(*shape) for shape in shapes)
+    every = torch.tensor(factors, dtype=torch.float64)[:, None, None, None]
+    key, value = (every * uniform_costs(*shape) for shape in shapes)
     return budget.layouts([(key, value)])[0]
 
 

@@ -54,20 +54,25 @@ class LayerProfile:
 
     Attributes:
         inverse_residual: mean of 1 / squared norm of the residual stream there, 1 if unknown.
+        rank_costs: (kv_heads, RANKS + 1) of keys and of values, damage per unit of noise on a
+            token by the rank of its score, and on a recent one (`nexusquant.rank_costs`); None if
+            unknown.
     """
 
     key: Side
     value: Side
     inverse_residual: float = 1.0
+    rank_costs: tuple[Tensor, Tensor] | None = None
 
-    def costs(self, shared: Shared) -> tuple[Tensor, Tensor]:
-        """(kv_heads, groups, 2) of keys and of values, as in `allocate`: damage per squared error.
-
-        All heads weigh alike here: what each one weighs in a few texts was measured, but to go by
-        that, or halfway, made others worse (docs/results/2026-11-29-user-protocol.md).
+    def costs(self, shared: Shared, budget: Budget) -> tuple[Tensor, Tensor]:
+        """(tiers, kv_heads, groups, 2) of keys and of values, as in `allocate`: damage per squared
+        error. Without costs by rank, all heads weigh alike.
         """
-        key = torch.full_like(self.key.weight, shared.key)
-        value = torch.full_like(self.value.weight, shared.value * self.inverse_residual)
+        if self.rank_costs is None:
+            every = torch.tensor(budget.factors)[:, None].expand(-1, len(self.key.weight))
+            key, value = shared.key * every, shared.value * self.inverse_residual * every
+        else:
+            key, value = (budget.tier_costs(x) for x in self.rank_costs)
         return _costs(key, self.key), _costs(VALUE_SHARE * value, self.value)
 
     def weights(self, shared: Shared) -> tuple[Tensor, Tensor]:
@@ -82,7 +87,8 @@ class LayerProfile:
 
 
 def _costs(weight: Tensor, side: Side) -> Tensor:
-    apart = weight[:, None] * side.variance
+    """weight (tiers, kv_heads)."""
+    apart = weight[..., None] * side.variance
     return torch.stack([apart, apart * (side.coherence - 1)], -1)
 
 
@@ -119,7 +125,10 @@ class Budget:
         key_bits, value_bits: mean bits per element.
         joint: keys and values draw on one budget; False keeps their means apart.
         shares: fraction of the tokens in each tier.
-        factors: cost of a tier's tokens relative to the others.
+        factors: cost of a tier's tokens relative to the others, where that is not known by rank.
+        kept: fraction of all tokens that are not evicted: those of the highest ranks.
+        ranked: tiers are by the scores that costs by rank are about, head by head.
+        recent: the tokens are recent ones, whatever their rank.
     """
 
     key_bits: float
@@ -127,33 +136,51 @@ class Budget:
     joint: bool
     shares: tuple[float, ...]
     factors: tuple[float, ...]
+    kept: float = 1.0
+    ranked: bool = True
+    recent: bool = False
+
+    def tier_costs(self, costs: Tensor) -> Tensor:
+        """(heads, RANKS + 1) to the mean cost of every tier's tokens, (tiers, heads)."""
+        if self.recent:
+            return costs[:, -1].double().expand(len(self.shares), -1)
+        by_rank = costs[:, :-1]
+        below = torch.nn.functional.pad(by_rank.double().cumsum(-1), (1, 0))
+        ends = torch.tensor((0.0, *self.shares), dtype=torch.float64).cumsum(0)
+        ends = ends * (self.kept if self.ranked else 1.0) * by_rank.shape[-1]
+        whole = ends.long().clamp(max=by_rank.shape[-1] - 1)
+        sums = below[:, whole] + (ends - whole) * by_rank.double()[:, whole]
+        of_tiers = (sums.diff() / ends.diff()).mT
+        if self.ranked:
+            return of_tiers
+        factors, shares = (torch.tensor(x).double() for x in (self.factors, self.shares))
+        mean = (shares[:, None] * of_tiers).sum(0)
+        return factors[:, None] * mean / (factors * shares).sum()
 
     def split(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Costs of all groups, (n, 2) each, to rates (tiers, n)."""
-        factors, shares = torch.tensor(self.factors)[:, None, None], torch.tensor(self.shares)
+        """Costs of all groups, (tiers, n, 2) each, to rates (tiers, n)."""
+        shares = torch.tensor(self.shares)
         if not self.joint:
-            return (
-                allocate(factors * keys, shares, self.key_bits),
-                allocate(factors * values, shares, self.value_bits),
-            )
-        count = len(keys) + len(values)
-        bits = (self.key_bits * len(keys) + self.value_bits * len(values)) / count
-        rates = allocate(factors * torch.cat([keys, values]), shares, bits)
-        return rates[:, : len(keys)], rates[:, len(keys) :]
+            return allocate(keys, shares, self.key_bits), allocate(values, shares, self.value_bits)
+        many, more = keys.shape[1], values.shape[1]
+        bits = (self.key_bits * many + self.value_bits * more) / (many + more)
+        rates = allocate(torch.cat([keys, values], 1), shares, bits)
+        return rates[:, :many], rates[:, many:]
 
     def layouts(self, costs: list[tuple[Tensor, Tensor]]) -> list[list[Layouts]]:
         """[layer][tier] -> layouts of keys and values, all layers from one budget.
 
         Args:
-            costs: per layer, (heads, groups, 2) of keys and of values. Layers may differ in both.
+            costs: per layer, (tiers, heads, groups, 2) of keys and of values. Layers may differ in
+                heads and groups.
         """
-        columns = [[side[i].flatten(0, 1) for side in costs] for i in (0, 1)]
-        both = self.split(*(torch.cat(column) for column in columns))
+        columns = [[side[i].flatten(1, 2) for side in costs] for i in (0, 1)]
+        both = self.split(*(torch.cat(column, 1) for column in columns))
         per_side = [
             [
-                [RowLayout(_tuples(tier)) for tier in piece.unflatten(-1, side[i].shape[:2])]
+                [RowLayout(_tuples(tier)) for tier in piece.unflatten(-1, side[i].shape[1:3])]
                 for piece, side in zip(
-                    rates.split([len(x) for x in columns[i]], -1), costs, strict=True
+                    rates.split([x.shape[1] for x in columns[i]], -1), costs, strict=True
                 )
             ]
             for i, rates in enumerate(both)
@@ -207,19 +234,23 @@ class Profile:
         """
         if not self.complete:
             one = self.layers[layer]
-            return budget.layouts([one.costs(Shared.of([one]))])[0]
+            return budget.layouts([one.costs(Shared.of([one]), budget)])[0]
         if budget not in self._layouts:
             known = list(self.layers.values())
             shared = Shared.of(known)
-            every = budget.layouts([one.costs(shared) for one in known])
+            every = budget.layouts([one.costs(shared, budget) for one in known])
             self._layouts[budget] = dict(zip(self.layers, every, strict=True))
         return self._layouts[budget][layer]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        sides = [getattr(layer, side) for layer in self.layers.values() for side in SIDES]
-        return sum(x.nbytes for side in sides for x in vars(side).values())
+        tensors: list[Tensor] = []
+        for layer in self.layers.values():
+            for side in SIDES:
+                tensors += vars(getattr(layer, side)).values()
+            tensors += layer.rank_costs or ()
+        return sum(x.nbytes for x in tensors)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Profile:
         return self  # shared by design

@@ -23,9 +23,13 @@ from nexusquant.errors import ProfileError, StoreError
 from nexusquant.folders import cache_dir
 from nexusquant.nxq import atomic_file
 from nexusquant.profile import SIDES, LayerProfile, Profile, Side
+from nexusquant.rank_costs import RANKS, RankCosts
 
-FORMAT = 2
+FORMAT = 3
+_UNRANKED = 2
+"""The format without costs by rank, read and, where there are none, written."""
 _FIELDS = ("forward", "inverse", "mean", "variance", "weight", "coherence")
+_RANKED = "rank_costs"
 _BAD_HEADER = (
     LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError
 )  # fmt: skip
@@ -67,8 +71,11 @@ def profile_bytes(profile: Profile) -> bytes:
         for side in SIDES
         for name in _FIELDS
     }
+    for index, layer in profile.layers.items():
+        for side, x in zip(SIDES, layer.rank_costs or (), strict=False):
+            tensors[f"{index}.{side}.{_RANKED}"] = x.contiguous()
     header = {
-        "format": FORMAT,
+        "format": FORMAT if any(x.rank_costs for x in profile.layers.values()) else _UNRANKED,
         "fingerprint": profile.fingerprint,
         "rope_page": profile.rope_page,
         "source": profile.source,
@@ -154,6 +161,7 @@ def load_profile(path: str | Path, fingerprint: str | None = None) -> Profile:
                     _side(path, file, names, f"{index}.key"),
                     _side(path, file, names, f"{index}.value"),
                     float(inverse),
+                    _rank_costs(path, file, names, index),
                 )
                 for index, inverse in header["inverse_residual"].items()
             }
@@ -186,7 +194,7 @@ def _header(path: str | Path, metadata: dict[str, str] | None) -> dict[str, Any]
     try:
         header: Any = json.loads((metadata or {})["nexusquant"])
         kinds = {"fingerprint": str, "rope_page": int, "source": str, "tokens": int}
-        if header["format"] != FORMAT:
+        if header["format"] not in (_UNRANKED, FORMAT):
             raise ProfileError(
                 f"{path} has format {header['format']}, this version of nexusquant reads {FORMAT}."
                 " Build it again with `nexusquant calibrate`."
@@ -204,6 +212,23 @@ def _header(path: str | Path, metadata: dict[str, str] | None) -> dict[str, Any]
     except _BAD_HEADER as error:
         raise ProfileError(f"{path}: not a profile of nexusquant, or damaged.") from error
     return dict(header)
+
+
+def _rank_costs(path: str | Path, file: Any, names: set[str], index: str) -> RankCosts | None:
+    wanted = [f"{index}.{side}.{_RANKED}" for side in SIDES]
+    found: list[Tensor] = [file.get_tensor(name) for name in wanted if name in names]
+    if not found:
+        return None
+    shape = (len(file.get_tensor(f"{index}.key.mean")), RANKS + 1)
+    ok = len(found) == len(SIDES) and all(
+        tuple(x.shape) == shape
+        and x.dtype == torch.float32
+        and bool(((x >= 0) & x.isfinite()).all())
+        for x in found
+    )
+    if not ok:
+        raise ProfileError(f"{path}: damaged, the costs by rank of layer {index} are wrong.")
+    return found[0], found[1]
 
 
 def _side(path: str | Path, file: Any, names: set[str], prefix: str) -> Side:

@@ -25,6 +25,7 @@ from torch import Tensor
 from nexusquant.frame import KeyFrame
 from nexusquant.moments import Moments
 from nexusquant.profile import SIDES, LayerProfile
+from nexusquant.rank_costs import RankCosts, later_queries, rank_costs
 from nexusquant.residual import OutputSide
 
 MIN_TOKENS = 448
@@ -75,6 +76,8 @@ class Sample:
     slots: Tensor  # (n,)
     stream: Tensor | None  # (sampled, hidden) residual stream at the queries
     inverse_residual: Tensor  # (sampled,)
+    every_query: Tensor  # (query_heads, q, dim), post-RoPE, of the last q tokens
+    later_inverse_residual: Tensor  # (later queries,)
     skip: int  # leading keys that are stored exactly
     some: slice  # which keys are in `framed`
     sampling: Sampling
@@ -87,19 +90,24 @@ class LayerStatistics:
     key: Moments
     value: Moments
     inverse_residual: Tensor
+    rank_costs: RankCosts | None = None
 
     @staticmethod
     def mean(parts: list[LayerStatistics]) -> LayerStatistics:
         """The average over texts, each counting the same."""
         key, value = (Moments.average([getattr(part, side) for part in parts]) for side in SIDES)
         inverse = torch.stack([part.inverse_residual for part in parts]).mean(0)
-        return LayerStatistics(key, value, inverse)
+        ranked = [part.rank_costs for part in parts if part.rank_costs is not None]
+        costs = [torch.stack(side).mean(0) for side in zip(*ranked, strict=True)]
+        return LayerStatistics(key, value, inverse, (costs[0], costs[1]) if costs else None)
 
     def profile(self) -> LayerProfile:
         """The transforms. Kept on the CPU: devices get their copies when they need them."""
         with torch.inference_mode(False):  # made in inference mode, they could not be used outside
             key, value = self.key.to("cpu").side(), self.value.to("cpu").side()
-        return LayerProfile(key, value, float(self.inverse_residual))
+            ranked = [x.to("cpu", copy=True) for x in self.rank_costs or ()]
+        costs = (ranked[0], ranked[1]) if ranked else None
+        return LayerProfile(key, value, float(self.inverse_residual), costs)
 
 
 def varied(values: Tensor) -> bool:
@@ -144,11 +152,17 @@ def layer_statistics(
     else:
         weight = projection.to(keys.device).unflatten(-1, (-1, dim)).transpose(0, 1)
         gram = (weight.mT @ weight).unflatten(0, (kv_heads, -1)).mean(1)  # of a group's query heads
-    attention = _influence(sample, gram, scaling, softcap)
+    root = _root(gram)
+    attention = _influence(sample, root, scaling, softcap)
     key_metric = _key_metric(sample, attention.share, frame) * scaling**2
     plain = output.complete and added is None
     unit = 1.0 if plain else attention.energy.clamp(min=1e-12) / (added or 1.0)
     some, attended = sample.some, sampling.attended
+    costs = rank_costs(
+        sample.keys, sample.values, sample.every_query, root, sample.later_inverse_residual,
+        last_slot=int(sample.slots[-1]), frame=frame, sinks=sample.skip, scaling=scaling,
+        softcap=softcap,
+    )  # fmt: skip
     return LayerStatistics(
         Moments.of(
             sample.framed, key_metric, attention.key_weight / unit,
@@ -159,6 +173,7 @@ def layer_statistics(
             attention.value_weight[:, some], attended, attention.added / unit,
         ),
         sample.inverse_residual.mean() / unit,
+        costs and (costs[0] / unit, costs[1] / unit),
     )  # fmt: skip
 
 
@@ -184,19 +199,27 @@ def _sample(
     count = min(max(sampling.queries // group, sampling.queries // 4), len(real) - first)
     at = torch.linspace(first, len(real) - 1, count, device=keys.device).round().long()
     chosen = queries[row][:, real[at] - (tokens - q_len)].float()
+    later = later_queries(len(real))[1].to(keys.device)
     stream, inverse = None, torch.ones(count, device=keys.device)
+    later_inverse = torch.ones(len(later), device=keys.device)
     if output.complete and output.residual is not None:
-        stream = output.residual.to(keys.device)[row, real[at] - tokens].float()
-        inverse = 1 / stream.square().sum(-1).clamp(min=1e-12)
+        residual = output.residual.to(keys.device)[row]
+        stream = residual[real[at] - tokens].float()
+        inverse, later_inverse = (
+            1 / x.float().square().sum(-1).clamp(min=1e-12)
+            for x in (stream, residual[real[later] - tokens])
+        )
     mine, its = keys[row], values[row]
+    known = real[real >= tokens - q_len] - (tokens - q_len)
     if valid is not None:
         mine, its = mine[:, real], its[:, real]
     skip = sinks if start == 0 else 0
     some = slice(skip, None, max(1, len(real) // sampling.keys))
     framed = frame.enter(mine[None, :, some], slots[some].view(1, 1, -1))[0]
     return Sample(
-        framed, mine.float(), its.float(), chosen, at, slots, stream, inverse, skip, some, sampling
-    )
+        framed, mine.float(), its.float(), chosen, at, slots, stream, inverse,
+        queries[row][:, known].float(), later_inverse, skip, some, sampling,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -208,14 +231,19 @@ class _Influence:
     added: Tensor  # (kv_heads, value_dim, value_dim), second moment of what coded values add to it
 
 
-def _influence(sample: Sample, gram: Tensor, scaling: float, softcap: float | None) -> _Influence:
-    """What noise on every key and value would do to the output of the queries asked."""
-    kv_heads, tokens, _ = sample.keys.shape
+def _root(gram: Tensor) -> Tensor:
+    """R with R R^T = gram (heads, dim, dim), or next to it where that is singular."""
     ridge = 1e-4 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[:, None, None]
     eye = torch.eye(gram.shape[-1], device=gram.device)
-    root = torch.linalg.cholesky_ex(gram + ridge * eye).L
+    root: Tensor = torch.linalg.cholesky_ex(gram + ridge * eye).L
+    return root
+
+
+def _influence(sample: Sample, root: Tensor, scaling: float, softcap: float | None) -> _Influence:
+    """What noise on every key and value would do to the output of the queries asked."""
+    kv_heads, tokens, _ = sample.keys.shape
     asked = slice(None, None, sample.sampling.asked)
-    hidden = torch.arange(tokens, device=gram.device) > sample.query_at[asked, None]
+    hidden = torch.arange(tokens, device=root.device) > sample.query_at[asked, None]
     queries = sample.queries[:, asked].unflatten(0, (kv_heads, -1)) * scaling
     inverse = sample.inverse_residual[asked, None]
     shares, key_weight, value_weight, energy, added = [], [], [], [], []

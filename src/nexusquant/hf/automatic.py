@@ -62,12 +62,12 @@ def automatic_profile(
     """
     with _lock:
         known = find_profile(model, page)
-        if known is not None and known.source != SAMPLED:
+        if known is not None and known.source != SAMPLED and not _outdated(known):
             return known
         if not {CODES, DECODED, KEPT} & {layer.treatment for layer in cover(model.config).layers}:
             return known  # all latents, or kept exact
         tokenizer = _tokenizer(model)
-        if tokenizer is None and known is not None:
+        if tokenizer is None and known is not None and not _outdated(known):
             return known
         if page in _failed.get(model, ()):
             return known
@@ -78,10 +78,16 @@ def automatic_profile(
         except Exception as error:
             _failed.setdefault(model, set()).add(page)
             _notices.warn(
-                f"{type(model).__name__} could not be calibrated ({error}): every long first"
-                " prompt builds a profile of its own. nexusquant.calibrate(model, tokenizer, texts) does better."
+                f"{type(model).__name__} could not be calibrated ({error}): long prompts build"
+                " their own profiles. nexusquant.calibrate(model, tokenizer, texts) does better."
             )
             return known
+
+
+def _outdated(profile: Profile) -> bool:
+    """Made by this package by itself, before it measured what it does now."""
+    ranked = any(layer.rank_costs is not None for layer in profile.layers.values())
+    return profile.source in (SOURCE, SAMPLED) and not ranked
 
 
 def _calibrated(

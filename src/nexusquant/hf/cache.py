@@ -218,7 +218,8 @@ class NexusCache(DynamicCache):
             stored in the user's cache directory. "auto" (default; `NEXUSQUANT_PROFILE` in the
             environment says otherwise): the model is calibrated now, on text of this package, and
             the profile stored. "first-prompt": the cache's first long prompt builds one while it
-            is compressed, for this cache, in whose bytes it counts. "none": coded without. Or a profile, or its file.
+            is compressed, for this cache, in whose bytes it counts. "none": coded without. Or a
+            profile, or its file.
         **overrides: fields of `CompressionConfig`.
 
     Raises:

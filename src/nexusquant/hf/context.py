@@ -187,7 +187,8 @@ def nexusquant_evict(
             stored in the user's cache directory. "auto" (default; `NEXUSQUANT_PROFILE` in the
             environment says otherwise): the model is calibrated now, on text of this package, and
             the profile stored. "first-prompt": a cache's first long prompt builds one while it is
-            compressed, for that cache, in whose bytes it counts. "none": coded without. Or a profile, or its file.
+            compressed, for that cache, in whose bytes it counts. "none": coded without. Or a
+            profile, or its file.
         **overrides: fields of `CompressionConfig`.
 
     Yields:

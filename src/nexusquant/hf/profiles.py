@@ -1,4 +1,4 @@
-"""The profile of a cache: the model's, looked up once, or built from the cache's own first prompt."""
+"""The profile of a cache: the model's, looked up once, or built from its own first prompt."""
 
 from __future__ import annotations
 

@@ -51,6 +51,11 @@ class Span:
         return stored.shape[1]
 
     @property
+    def batch(self) -> int:
+        """Rows of the batch, 1 if all are alike."""
+        return len(self.positions if self.positions is not None else self.cos_sin()[0])
+
+    @property
     def width(self) -> int:
         """Columns of a row."""
         if self.rows is not None:
@@ -220,6 +225,12 @@ class RopeTable:
     def map(self, fn: Callable[[Tensor], Tensor], batch: int) -> None:
         """Apply a batch operation to a cache of `batch` rows."""
         self.spans = [span.map(fn, batch) for span in self.spans]
+
+    def of_row(self, row: int) -> RopeTable:
+        """The table of one batch row."""
+        one = RopeTable(self.apply)
+        one.spans = [span.map(lambda x: x[row : row + 1], span.batch) for span in self.spans]
+        return one
 
     def rows(self, page: int) -> tuple[Tensor, Tensor]:
         """cos, sin (batch or 1, length, width) fp32 at the start of every slot's page."""

@@ -29,10 +29,15 @@ def profile_digest(profile: Profile) -> str:
         digest = blake2b(digest_size=16)
         for index, layer in sorted(profile.layers.items()):
             digest.update(f"layer {index} {float(layer.inverse_residual)!r} ".encode())
-            for name in SIDES:
-                for field, x in vars(getattr(layer, name)).items():
-                    digest.update(f"{name} {field} {tuple(x.shape)} ".encode())
-                    digest.update(x.detach().float().cpu().contiguous().numpy())
+            tensors = {
+                f"{name} {field}": x
+                for name in SIDES
+                for field, x in vars(getattr(layer, name)).items()
+            }
+            tensors |= zip(SIDES, layer.rank_costs or (), strict=False)
+            for name, x in tensors.items():
+                digest.update(f"{name} {tuple(x.shape)} ".encode())
+                digest.update(x.detach().float().cpu().contiguous().numpy())
         _digests[profile] = digest.hexdigest()
     return _digests[profile]
 
