@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,8 +21,8 @@ SHARES = CompressionConfig().tier_shares
 
 
 def _rates(config: CompressionConfig) -> tuple[float, ...]:
-    """Mean bits per element of every tier, `tier_bits` apart."""
-    above = [config.tier_bits * i for i in reversed(range(len(SHARES)))]
+    """Mean bits per element of every tier, as where no profile knows costs by rank."""
+    above = [math.log(factor, 4) for factor in config.tier_factors]
     last = config.key_bits - sum(share * x for share, x in zip(SHARES, above, strict=True))
     return tuple(last + x for x in above)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from nexusquant.errors import ConfigError
+from nexusquant.rank_costs import SCORER
 
 CODECS = ("e8", "exact")
 TRANSFORMS = ("klt", "hadamard", "identity")
@@ -42,7 +43,8 @@ class CompressionConfig:
             what happens without a profile.
         tiers: shares of the kept tokens that get more bits than the rest, most important first;
             () treats all tokens alike.
-        tier_bits: bits per element that a tier is worth more than the next one.
+        tier_bits: bits per element that a tier gets more than the next one. None: by what a
+            profile says of every head's tokens of such ranks; 1 where it does not.
         transform: coordinates to code in. "klt": the query-weighted Karhunen-Loeve transform of the
             model's profile, Hadamard as long as there is no profile; "hadamard"; "identity".
         rope_page: keys are un-rotated to the start of their page of this many positions:
@@ -79,7 +81,7 @@ class CompressionConfig:
     """
 
     evict_ratio: float = 0.0
-    scorer: str = "expected_and_observed"
+    scorer: str = SCORER
     per_head: bool = True
     head_safeguard: float = 1.0
     sinks: int = 4
@@ -88,13 +90,13 @@ class CompressionConfig:
     key_bits: float = 2
     value_bits: float = 2
     allocation: str = "joint"
-    tiers: tuple[float, ...] = (0.05, 0.15, 0.35)
-    tier_bits: float = 1.0
+    tiers: tuple[float, ...] = (0.03, 0.1, 0.2, 0.3)
+    tier_bits: float | None = None
     transform: str = "klt"
     rope_page: int = 32
     residual_length: int = 8
     fresh_length: int = 128
-    fresh_bits: float = 2.5
+    fresh_bits: float = 3.0
     max_tokens: int | None = None
     levels: str = "companded"
     overload: float = 1.0
@@ -141,7 +143,9 @@ class CompressionConfig:
             shares and len(self.tiers) < 8 and sum(self.tiers) < 1, "tiers",
             "a tuple of at most 7 fractions between 0 and 1 that add up to less than 1",
         )  # fmt: skip
-        need(number("tier_bits", real) and 0 <= self.tier_bits <= 4, "tier_bits", "from 0 to 4")
+        apart = self.tier_bits
+        ok = apart is None or (number("tier_bits", real) and 0 <= apart <= 4)
+        need(ok, "tier_bits", "None, or from 0 to 4")
         for name in ("sinks", "recent", "seed"):
             need(number(name) and getattr(self, name) >= 0, name, "an integer of at least 0")
         page = f"an integer from 0 to {MAX_PAGE:,}"
@@ -166,9 +170,16 @@ class CompressionConfig:
 
     @property
     def tier_factors(self) -> tuple[float, ...]:
-        """What noise costs in every tier, relative to the last: one bit is a factor of 4."""
-        last = len(self.tiers)
-        return tuple(4.0 ** (self.tier_bits * (last - i)) for i in range(last + 1))
+        """What noise costs in every tier relative to the last, where that is not known by rank: one
+        bit is a factor of 4.
+        """
+        last, apart = len(self.tiers), 1.0 if self.tier_bits is None else self.tier_bits
+        return tuple(4.0 ** (apart * (last - i)) for i in range(last + 1))
+
+    @property
+    def ranked(self) -> bool:
+        """Whether tiers are by the ranks that a profile knows costs of."""
+        return self.scorer == SCORER and self.per_head and self.tier_bits is None
 
     @property
     def least_scored(self) -> int:
@@ -207,14 +218,14 @@ class CompressionConfig:
         return replace(self, **overrides)
 
 
-_HIGH = CompressionConfig(key_bits=1.46, value_bits=1.46)
-_MAX = CompressionConfig(evict_ratio=0.4, key_bits=0.62, value_bits=0.62, fresh_bits=1.5)
+_HIGH = CompressionConfig(key_bits=1.15, value_bits=1.15)
+_MAX = CompressionConfig(key_bits=0.4, value_bits=0.4, fresh_bits=2.5)
 
 PRESETS: dict[str, CompressionConfig] = {
-    "lossless": CompressionConfig(key_bits=2.15, value_bits=2.15),
+    "lossless": CompressionConfig(key_bits=1.8, value_bits=1.8),
     "high": _HIGH,
     "conservative": _HIGH,
-    "balanced": CompressionConfig(evict_ratio=0.15, key_bits=0.97, value_bits=0.97),
+    "balanced": CompressionConfig(key_bits=0.68, value_bits=0.68),
     "max": _MAX,
     "aggressive": _MAX,
 }

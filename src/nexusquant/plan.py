@@ -15,7 +15,6 @@ from nexusquant.math.e8 import GROUP
 from nexusquant.math.gains import LIMIT
 from nexusquant.profile import SIDES, Budget, Layouts, Profile
 from nexusquant.quantizer import Basis, Centre, Orthonormal, Profiled, Quantizer
-from nexusquant.rank_costs import SCORER
 from nexusquant.tokens import CodedTokens
 
 _HUGE = 100  # times the median squared size: such vectors do not set the scale of the others
@@ -46,8 +45,8 @@ class Coding:
 
     @property
     def unscored(self) -> int:
-        """The tier of tokens that nobody knows the importance of: the second of several."""
-        return min(1, len(self.tiers) - 1)
+        """The tier of tokens that nobody knows the importance of: the middle one."""
+        return len(self.tiers) // 2
 
     def unscored_members(self, entries: Tensor) -> list[Tensor]:
         """Per tier which entries (..., n) are in it: all in that one."""
@@ -150,10 +149,9 @@ def _layouts(
     basis, alike = bases[0], config.key_bits == config.value_bits
     profiled = isinstance(basis, Profiled)
     joint = config.allocation == "joint" and profiled and alike
-    ranked = config.scorer == SCORER and config.per_head
     budget = Budget(
-        config.key_bits, config.value_bits, joint, shares, factors, 1 - config.evict_ratio, ranked,
-        recent,
+        config.key_bits, config.value_bits, joint, shares, factors, 1 - config.evict_ratio,
+        config.ranked, recent,
     )  # fmt: skip
     if isinstance(basis, Profiled) and config.allocation != "uniform":
         return basis.profile.layouts(basis.layer, budget)

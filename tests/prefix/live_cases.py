@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nexusquant import nxq
+from nexusquant.hf.profiles import remember_profile
 from nexusquant.prefix.companion import STREAM, held
 from nexusquant.prefix.live import live_profile, live_streams, load_live
 from nexusquant.profile_store import profile_bytes
@@ -37,6 +38,8 @@ def loaded(data: bytes, model: Any, profile: Any = None) -> Any:
 
 def sent(cache: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     """The cache from a file of it, which holds the same bits in as many bytes."""
+    if cache.profile is not None:
+        remember_profile(model, cache.profile)  # the file does not hold it
     data = packed(cache, *args, **kwargs)
     again = loaded(data, model)
     assert packed(again, *args, **kwargs) == data

@@ -13,6 +13,7 @@ import pytest
 
 from nexusquant import ConfigError, FormatError, NexusCache, NonFiniteError, ProfileError, nxq
 from nexusquant.hf.hybrid import LinearStateLayer
+from nexusquant.hf.profiles import remember_profile
 from nexusquant.nxq import canonical
 from nexusquant.prefix.live import live_streams
 from tests.hf.models import left_padded, prompt, tiny
@@ -43,6 +44,8 @@ def case(kind: str) -> tuple[Any, NexusCache]:
     ids, mask = left_padded(lengths.get(kind, [70, 40]))
     feed(lively, cache, ids, mask)
     feed(lively, cache, prompt(25 if kind == "fresh" else 5, len(ids)))
+    if cache.profile is not None:
+        remember_profile(lively, cache.profile)  # the files do not hold it
     return lively, cache
 
 

@@ -21,6 +21,7 @@ from nexusquant import (
     save,
 )
 from nexusquant.demo import demo_text
+from nexusquant.hf.profiles import remember_profile
 from nexusquant.loading import demo_model, load_model
 from nexusquant.prefix.live import live_streams, load_live
 from nexusquant.prefix.payloads import PAYLOADS
@@ -187,6 +188,7 @@ def test_codecs_and_files(codec: str, tmp_path: Path) -> None:
     model = tiny()
     cache = NexusCache(model)
     feed(model, cache, prompt(500))
+    remember_profile(model, cache.profile)
     path = tmp_path / "cache.nxq"
     nxq.write_file(path, *live_streams(cache, codec))
     with nxq.Reader.open(path) as reader:
@@ -199,6 +201,7 @@ def test_levels_of_zstandard() -> None:
     model = tiny()
     cache = NexusCache(model)
     feed(model, cache, prompt(500))
+    remember_profile(model, cache.profile)
     data = [packed(cache, "zstd", level=level) for level in (1, 19)]
     assert all(packed(loaded(x, model)) == packed(cache) for x in data)
     with pytest.raises(ConfigError, match="level=0"):

@@ -19,6 +19,7 @@ from nexusquant import (
     save,
     save_profile,
 )
+from nexusquant.hf.profiles import remember_profile
 from nexusquant.prefix.profile_identity import profile_digest
 from nexusquant.stores import DirectoryStore
 from tests.hf.models import prompt, tiny
@@ -67,6 +68,7 @@ def test_stored_while_the_model_knows_another(made: tuple[Any, Any]) -> None:
     data, twin = packed(made[1]), tiny()
     other = NexusCache(twin)
     feed(twin, other, prompt(600, seed=7))
+    remember_profile(twin, other.profile)
     with pytest.raises(ProfileError, match=profile_digest(other.profile)):
         loaded(data, twin)
     save_profile(made[1].profile)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import DynamicCache
 
 import nexusquant
 from nexusquant import CompressionConfig, NexusCache, load, save
+from nexusquant.hf import profiles
 from nexusquant.hf.cache import plain_cache
 from nexusquant.prefix.rotary import cached_layers
 from tests.prefix.stored_cases import KINDS, case, divergence, go_on, ids, model_of, pairs, read
@@ -104,13 +106,18 @@ def test_the_least_bits_of_a_long_prefix_can_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quality", ["lossless", "high", CompressionConfig(evict_ratio=0.5)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_into_a_live_cache(kind: str, quality: Any, tmp_path: Path) -> None:
+def test_into_a_live_cache(
+    kind: str, quality: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiles, "_known", weakref.WeakKeyDictionary())  # models are shared here
     model, profile = case(kind)
     stock = read(model, ids(TOKENS))
+    direct = read(model, ids(TOKENS), NexusCache(model, quality))
+    if direct.profile is not None:
+        profiles.remember_profile(model, direct.profile)
     again = sent(stock, tmp_path / "p", model, profile, 8, quality=quality)
     assert isinstance(again, NexusCache)
     assert again.get_seq_length() == TOKENS
-    direct = read(model, ids(TOKENS), NexusCache(model, quality))
     assert again.stats().kept_tokens == direct.stats().kept_tokens
     assert again.compression_ratio > (1.5 if quality == "lossless" else 2.5)
     apart = [divergence(model, stock, cache) for cache in (again, direct)]
