@@ -115,10 +115,10 @@ def test_presets_shows_every_preset_and_field() -> None:
     assert code == 0
     for name in PRESETS:
         assert name in out
-    row = next(line for line in out.splitlines() if "evict_ratio" in line)
+    row = next(line for line in out.splitlines() if "key_bits" in line)
     distinct = dict.fromkeys(PRESETS.values())
     assert [cell.strip() for cell in row.split("│")[2:-1]] == [
-        str(config.evict_ratio) for config in distinct
+        str(config.key_bits) for config in distinct
     ]
     for field in nexusquant.CompressionConfig.__dataclass_fields__:
         assert field in out

@@ -138,7 +138,7 @@ def test_presets_are_ordered_and_known_by_both_names() -> None:
     ]
     assert ratio == sorted(set(ratio))
     assert ratio[0] > 6
-    assert ratio[-1] > 25
+    assert ratio[-1] > 23
     for name, alias in (("high", "conservative"), ("max", "aggressive")):
         assert NexusQuantSimple(name).config == NexusQuantSimple(alias).config
     config = CompressionConfig(evict_ratio=0.1)
@@ -165,8 +165,9 @@ def test_every_batch_row_is_as_if_alone(quality: str, scorer: str) -> None:
 def test_evicted_tokens_are_zero_and_reported(per_head: bool, codec_name: str) -> None:
     keys, values = random_kv()
     codec = NexusQuantSimple(
-        "balanced", per_head=per_head, codec=codec_name, key_bits=1.5, value_bits=1.5
-    )
+        "balanced", per_head=per_head, codec=codec_name, key_bits=1.5, value_bits=1.5,
+        evict_ratio=0.3,
+    )  # fmt: skip
     packed = codec.encode(keys, values)
     kept = codec.kept(packed)
     assert kept.dtype == torch.bool

@@ -163,7 +163,7 @@ def test_bytes_stay_what_they_are(ratio: float, codec: str, bits: float) -> None
     ]
     assert len(ragged(shares[1])) >= 2
     even, ours = map(storage_bytes, shares)
-    assert 0.97 * even < ours <= 1.03 * even
+    assert 0.97 * even < ours <= 1.05 * even
     held = [x.numel() * x.element_size() for x in unique(shares[1])]
     assert ours == sum(held), "a view keeps a larger storage alive"
 

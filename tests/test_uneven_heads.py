@@ -252,7 +252,7 @@ def test_parts_out_of_sight_leave(codec: str) -> None:
         for old, new in zip(before, after, strict=True):
             assert {slot for slot in old if slot >= 350} <= set(new) <= set(old)
     none = stored.drop_before(400)
-    assert [part.heads for part in none.body] == [None] * (4 if codec == "e8" else 1)
+    assert [part.heads for part in none.body] == [None] * (5 if codec == "e8" else 1)
     assert none.count == 0
     again = compress(shared(codec), none, uneven(100, start=400))
     assert ragged(again)

@@ -219,7 +219,7 @@ class CompressionConfig:
 
 
 _HIGH = CompressionConfig(key_bits=1.15, value_bits=1.15)
-_MAX = CompressionConfig(key_bits=0.4, value_bits=0.4, fresh_bits=2.5)
+_MAX = CompressionConfig(key_bits=0.33, value_bits=0.33, fresh_bits=2.5)
 
 PRESETS: dict[str, CompressionConfig] = {
     "lossless": CompressionConfig(key_bits=1.8, value_bits=1.8),

@@ -237,7 +237,8 @@ def test_output_attentions_over_codes_is_refused() -> None:
 
 def test_reading_evicted_keys_is_refused_and_coded_ones_are_decoded() -> None:
     model = tiny()
-    full, evicted = NexusCache(model, "lossless", tiers=()), NexusCache(model, "max")
+    full = NexusCache(model, "lossless", tiers=(), key_bits=2.2, value_bits=2.2)
+    evicted = NexusCache(model, "max", evict_ratio=0.4)
     with torch.no_grad():
         for cache in (full, evicted):
             model(prompt(60), cache=cache)

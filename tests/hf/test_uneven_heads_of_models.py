@@ -52,7 +52,7 @@ def test_generate_over_uneven_heads(kind: str, codec: str) -> None:
     assert not any(ragged(stored) for stored in stored_of(even))
     assert step_logits(runs[1]).isfinite().all()
     assert (step_logits(runs[0]) - step_logits(runs[1])).abs().max() > 1e-3
-    assert cache.stats().kept_tokens == pytest.approx(even.stats().kept_tokens, abs=5)
+    assert cache.stats().kept_tokens == pytest.approx(even.stats().kept_tokens, abs=8)
     assert cache.nbytes <= 1.06 * even.nbytes  # 16 dimensions a head: slots weigh much
     assert cache.get_seq_length() == even.get_seq_length()
 

@@ -123,16 +123,16 @@ def test_a_model_that_reads_its_values_keeps_all_tokens() -> None:
 
 
 @torch.no_grad()
-def keys_of_a_llama(quality: str) -> Tensor:
+def keys_of_a_llama(quality: str, **settings: Any) -> Tensor:
     """Those of its first layer, behind a prompt."""
     model = build("llama")
-    cache = NexusCache(model, quality)
+    cache = NexusCache(model, quality, **settings)
     model(left_padded([80])[0], cache=cache)
     return cache.layers[0].keys
 
 
 def test_what_was_evicted_before_a_model_reads_it_is_refused() -> None:
-    keys = keys_of_a_llama("max")
+    keys = keys_of_a_llama("max", evict_ratio=0.4)
     for read in (lambda: keys.sum(), lambda: keys.transpose(1, 2) + 0, lambda: keys @ keys.mT):
         with pytest.raises(UnsupportedError, match="evicted or padded"):
             read()
@@ -149,7 +149,7 @@ def test_gradients_are_right_or_refused(model_type: str) -> None:
         logits = model(inputs_embeds=embedded, cache=cache).logits
         return torch.autograd.grad(logits.square().sum(), embedded)[0]
 
-    cache = NexusCache(model, "max")
+    cache = NexusCache(model, "max", evict_ratio=0.4)
     stock = gradient(DynamicCache(config=model.config))
     torch.testing.assert_close(gradient(cache), stock, rtol=1e-3, atol=1e-4)
     with pytest.raises(UnsupportedError, match=r"no gradient flows into|evicted or padded"):
