@@ -177,7 +177,7 @@ def test_evicted_tokens_are_zero_and_reported(per_head: bool, codec_name: str) -
     assert bool((kept == kept[:, :1]).all()) != per_head
     for back, source in zip(codec.decode(packed), (keys, values), strict=True):
         assert not back[~kept].any()
-        assert float((back[kept] - source[kept]).square().mean()) < 0.45
+        assert float((back[kept] - source[kept]).square().mean()) < 0.47
 
 
 @pytest.mark.parametrize("token", [20, 77, 150])

@@ -6,6 +6,7 @@ import copy
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,9 +16,11 @@ import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from nexusquant import NexusCache
 from nexusquant.cli import app
 from nexusquant.hf.cache_names import generate_cache_name
-from tests.hf.models import tiny
+from nexusquant.profile_store import save_profile
+from tests.hf.models import prompt, tiny
 from tests.kvpress_cases import KeyNormPress
 from tests.tiny_checkpoint import tiny_tokenizer
 
@@ -46,6 +49,10 @@ def random_model(kind: str) -> Any:
 def names(tmp_path: Path) -> dict[str, Any]:
     """What the index says that snippets may use."""
     model, tokenizer = random_model("llama"), tiny_tokenizer()
+    with torch.no_grad():
+        model(prompt(600), **{generate_cache_name(): (built := NexusCache(model))})
+    assert built.profile is not None
+    save_profile(replace(built.profile, source="a calibration"))  # as by default
     assistant, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
     for weight in assistant.parameters():
         noise = torch.randn(weight.shape, generator=generator)

@@ -70,7 +70,7 @@ class NexusQuantSimple:
         >>> packed.compression_ratio > 6
         True
         >>> K2, V2 = codec.decode(packed)
-        >>> K2.shape == K.shape and bool((K2 - K).square().mean() < 0.25)
+        >>> K2.shape == K.shape and bool((K2 - K).square().mean() < 0.4)
         True
     """
 

@@ -196,7 +196,11 @@ def _profiled_centre(x: Tensor, empty: Tensor, basis: Basis, all_alike: bool) ->
     scale = torch.where(enough & (scale > 0), scale, 1.0)
     if all_alike:
         scale = _within_reach(scale, x @ forward, empty, mean @ forward)
-    return _checked(mean, scale)
+    centre = _checked(mean, scale)
+    if bool(enough.all()) or centre.mean is None:
+        return centre
+    exact = torch.where(enough, centre.mean.float(), basis.mean(x.device))  # as those rows alone
+    return replace(centre, mean=exact)
 
 
 def _within_reach(scale: Tensor, x: Tensor, empty: Tensor, mean: Tensor) -> Tensor:
@@ -211,9 +215,19 @@ def _within_reach(scale: Tensor, x: Tensor, empty: Tensor, mean: Tensor) -> Tens
 
 
 def _sampled(x: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
-    """At most `_SAMPLE` tokens, evenly spaced: means of so many are good to a thousandth."""
-    step = -(-x.shape[2] // _SAMPLE)
-    return x[:, :, ::step], empty[:, :, ::step]
+    """At most `_SAMPLE` tokens of a row, evenly spaced: means of so many are good to a thousandth.
+
+    A row that ends early is sampled as if it were alone.
+    """
+    count = x.shape[2]
+    if count <= _SAMPLE or not bool(empty.any()):
+        step = -(-count // _SAMPLE)
+        return x[:, :, ::step], empty[:, :, ::step]
+    steps = -(-(~empty).sum(2, keepdim=True) // _SAMPLE)  # (batch, heads or 1, 1, 1)
+    at = torch.arange(_SAMPLE, device=x.device)[:, None] * steps.clamp(min=1)
+    outside, at = at >= count, at.clamp(max=count - 1)
+    some = x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[-1]))
+    return some, empty.gather(2, at) | outside
 
 
 def _usual(x: Tensor, empty: Tensor) -> Tensor:

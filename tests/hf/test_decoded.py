@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -204,3 +205,29 @@ def test_single_tokens_are_never_scored() -> None:
     kept = cache.stats().kept_tokens
     feed(model, cache, prompt(50), 1)
     assert cache.stats().kept_tokens == kept + 50
+
+
+@pytest.mark.parametrize("sample", [2048, 64])
+def test_right_padded_rows_are_coded_with_a_profile_as_alone(
+    sample: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One has tokens enough for a mean of its own, the other goes by the profile's."""
+    monkeypatch.setattr("nexusquant.plan._SAMPLE", sample)
+    model = tiny()
+    feed(model, built := NexusCache(model, "high", profile="first-prompt"), prompt(520))
+    assert built.profile is not None
+    settings = {"quality": "balanced", "profile": replace(built.profile, source="another text")}
+    lengths, more = torch.tensor([320, 170]), prompt(40, 2)
+    mask = (torch.arange(320) < lengths[:, None]).long()
+    ids = prompt(320, 2) * mask
+    whole = torch.cat([mask, torch.ones_like(more)], 1)
+    first, second = (whole.cumsum(-1) - 1).clamp(min=0).split([320, 40], 1)
+    both = NexusCache(model, **settings)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, position_ids=first, cache=both)
+        got = model(more, attention_mask=whole, position_ids=second, cache=both).logits
+    for row, length in enumerate(lengths.tolist()):
+        alone = NexusCache(model, **settings)
+        feed(model, alone, ids[row : row + 1, :length])
+        expected = feed(model, alone, more[row : row + 1])
+        torch.testing.assert_close(got[row : row + 1], expected, rtol=0, atol=1e-4)
