@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nexusquant import ConfigError, NexusCache, calibrate, nexusquant_evict
+from nexusquant import ConfigError, NexusCache, calibrate, nexusquant_evict, save_profile
 from nexusquant.hf import automatic
 from nexusquant.hf.automatic import SAMPLED, SOURCE, remember_tokenizer
 from nexusquant.hf.notices import NexusQuantWarning, Notices
@@ -66,6 +67,21 @@ def test_another_process_finds_it(model: Any, monkeypatch: pytest.MonkeyPatch) -
     assert again is not None
     assert again.source == SOURCE
     assert torch.equal(again.layers[0].key.forward, first.layers[0].key.forward)
+
+
+@pytest.mark.parametrize("source", [SOURCE, "text"])
+def test_what_an_older_version_calibrated_is_made_anew_unless_it_is_the_users(
+    model: Any, user_cache: Path, source: str
+) -> None:
+    made = NexusCache(model).profile
+    assert made is not None
+    old = {i: replace(layer, rank_costs=None) for i, layer in made.layers.items()}
+    save_profile(replace(made, source=source, layers=old, _layouts={}))
+    _known.clear()
+    found = NexusCache(model).profile
+    assert found is not None
+    assert (found.layers[0].rank_costs is None) == (source != SOURCE)
+    assert len(list((user_cache / "profiles").iterdir())) == (3 if source == SOURCE else 2)
 
 
 def test_the_same_call_gives_the_same_in_any_order(model: Any) -> None:
