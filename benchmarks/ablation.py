@@ -18,7 +18,7 @@ from nexusquant import PRESETS, CompressionConfig, NexusCache
 from nexusquant.kernels import use_operator
 from nexusquant.profile import Profile
 from nexusquant.residual import OutputSide
-from nexusquant.statistics import CALIBRATION
+from nexusquant.sampling import CALIBRATION
 from nexusquant.tokens import CodedTokens
 
 _TOLERANCE = 0.004  # of the bits

@@ -14,7 +14,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from nexusquant.frame import KeyFrame
 from nexusquant.math.rope import RopeTable, Span
 from nexusquant.residual import OutputSide
-from nexusquant.statistics import LayerStatistics, Sampling, layer_statistics
+from nexusquant.sampling import Sampling
+from nexusquant.statistics import LayerStatistics, layer_statistics
 
 DIM, VALUE_DIM, HIDDEN = 16, 8, 20
 EVERYTHING = Sampling(

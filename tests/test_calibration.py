@@ -22,7 +22,8 @@ from nexusquant.calibration import own_text
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.profile import SIDES, Profile
 from nexusquant.quantizer import Profiled
-from nexusquant.statistics import MIN_TOKENS, PREFILL
+from nexusquant.sampling import PREFILL
+from nexusquant.statistics import MIN_TOKENS
 from tests.hf.models import tiny
 from tests.tiny_checkpoint import LINES, tiny_model, tiny_tokenizer
 

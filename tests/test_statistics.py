@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nexusquant.frame import KeyFrame
 from nexusquant.math.klt import RIDGE
-from nexusquant.statistics import CALIBRATION, PREFILL, LayerStatistics, Sampling
+from nexusquant.sampling import CALIBRATION, PREFILL, Sampling
+from nexusquant.statistics import LayerStatistics
 from tests.statistics_cases import EVERYTHING, case, check, close
 
 

@@ -25,8 +25,9 @@ from torch import Tensor
 from nexusquant.frame import KeyFrame
 from nexusquant.moments import Moments
 from nexusquant.profile import SIDES, LayerProfile
-from nexusquant.rank_costs import RankCosts, later_queries, rank_costs
+from nexusquant.rank_costs import RankCosts, rank_costs
 from nexusquant.residual import OutputSide
+from nexusquant.sampling import PREFILL, Sample, Sampling, sample_of
 
 MIN_TOKENS = 448
 """Tokens that a profile needs at least (docs/results: KL against the length it was built from). A
@@ -34,53 +35,6 @@ little under 512, so that layers with a window of 512 get one."""
 
 MIN_DISTINCT = 16
 """Different tokens that a text needs at least: of few, too few directions can be known."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How much of a prompt the statistics look at.
-
-    Attributes:
-        queries: per KV head, at least a quarter of them per query head.
-        asked: one query in so many is followed to the output, which is the costly part.
-        keys: keys and values, evenly spaced, that the covariances are of at least.
-        pages: pages of keys, evenly spaced, that the key metric looks at.
-        influence: share of influence in the key metric.
-        attended: share of attention in the covariances.
-    """
-
-    queries: int
-    asked: int
-    keys: int
-    pages: int
-    influence: float
-    attended: float
-
-
-PREFILL = Sampling(queries=256, asked=8, keys=768, pages=8, influence=0.25, attended=0.5)
-"""In passing: cheap, and careful with the influence of the few queries asked."""
-
-CALIBRATION = Sampling(queries=512, asked=2, keys=1 << 20, pages=16, influence=0.5, attended=0.5)
-"""When there is time."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One row's chunk without padding."""
-
-    framed: Tensor  # (kv_heads, m, dim) fp32: some of the keys, in the frame
-    keys: Tensor  # (kv_heads, n, dim) fp32, as rotated by the model
-    values: Tensor  # (kv_heads, n, value_dim) fp32
-    queries: Tensor  # (query_heads, sampled, dim), post-RoPE
-    query_at: Tensor  # (sampled,) indices into the keys
-    slots: Tensor  # (n,)
-    stream: Tensor | None  # (sampled, hidden) residual stream at the queries
-    inverse_residual: Tensor  # (sampled,)
-    every_query: Tensor  # (query_heads, q, dim), post-RoPE, of the last q tokens
-    later_inverse_residual: Tensor  # (later queries,)
-    skip: int  # leading keys that are stored exactly
-    some: slice  # which keys are in `framed`
-    sampling: Sampling
 
 
 @dataclass(frozen=True)
@@ -144,7 +98,7 @@ def layer_statistics(
     """
     row = 0 if valid is None else int(valid.sum(-1).argmax())
     frame = frame.of_row(row)
-    sample = _sample(keys, values, queries, row, start, valid, frame, sinks, output, sampling)
+    sample = sample_of(keys, values, queries, row, start, valid, frame, sinks, output, sampling)
     kv_heads, dim = sample.keys.shape[0], sample.values.shape[-1]
     projection, added = output.as_read(sample.stream)
     if projection is None:
@@ -174,51 +128,6 @@ def layer_statistics(
         ),
         sample.inverse_residual.mean() / unit,
         costs and (costs[0] / unit, costs[1] / unit),
-    )  # fmt: skip
-
-
-def _sample(
-    keys: Tensor,
-    values: Tensor,
-    queries: Tensor,
-    row: int,
-    start: int,
-    valid: Tensor | None,
-    frame: KeyFrame,
-    sinks: int,
-    output: OutputSide,
-    sampling: Sampling,
-) -> Sample:
-    """The row's real tokens and some of its queries, evenly spaced over the last three quarters."""
-    tokens, q_len = keys.shape[2], queries.shape[2]
-    everything = torch.arange(tokens, device=keys.device)
-    real = everything if valid is None else everything[valid[row]]
-    slots = real + start
-    first = max(len(real) // 4, int((real < tokens - q_len).sum()))
-    group = queries.shape[1] // keys.shape[1]
-    count = min(max(sampling.queries // group, sampling.queries // 4), len(real) - first)
-    at = torch.linspace(first, len(real) - 1, count, device=keys.device).round().long()
-    chosen = queries[row][:, real[at] - (tokens - q_len)].float()
-    later = later_queries(len(real))[1].to(keys.device)
-    stream, inverse = None, torch.ones(count, device=keys.device)
-    later_inverse = torch.ones(len(later), device=keys.device)
-    if output.complete and output.residual is not None:
-        residual = output.residual.to(keys.device)[row]
-        stream = residual[real[at] - tokens].float()
-        inverse, later_inverse = (
-            1 / x.float().square().sum(-1).clamp(min=1e-12)
-            for x in (stream, residual[real[later] - tokens])
-        )
-    mine, its = keys[row], values[row]
-    known = real[real >= tokens - q_len] - (tokens - q_len)
-    if valid is not None:
-        mine, its = mine[:, real], its[:, real]
-    skip = sinks if start == 0 else 0
-    some = slice(skip, None, max(1, len(real) // sampling.keys))
-    framed = frame.enter(mine[None, :, some], slots[some].view(1, 1, -1))[0]
-    return Sample(
-        framed, mine.float(), its.float(), chosen, at, slots, stream, inverse,
-        queries[row][:, known].float(), later_inverse, skip, some, sampling,
     )  # fmt: skip
 
 

@@ -30,8 +30,9 @@ from nexusquant.profile import Profile
 from nexusquant.profile_store import default_path
 from nexusquant.quantizer import Orthonormal, Profiled
 from tests.hf.models import feed, generate, prompt, step_logits, tiny
+from tests.hf.profile_views import LONG, bases
 from tests.hf.state import State
-from tests.hf.test_profiles import LONG, assert_equal, bases
+from tests.hf.test_profiles import assert_equal
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4,

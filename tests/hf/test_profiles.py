@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import threading
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,36 +11,11 @@ from torch import Tensor
 from nexusquant import NexusCache, nexusquant_evict
 from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.hf.profiles import remember_profile
-from nexusquant.profile import SIDES, Profile
+from nexusquant.profile import Profile
 from nexusquant.quantizer import Orthonormal, Profiled
 from nexusquant.statistics import MIN_TOKENS
-from nexusquant.tokens import CodedTokens
 from tests.hf.models import feed, generate, left_padded, prompt, tiny
-from tests.hf.test_memory import walked_bytes
-from tests.hf.together import together
-
-LONG = 530
-
-
-def bases(cache: NexusCache) -> list[set[type]]:
-    """Per layer, what its keys and values are coded in."""
-    found = []
-    for layer in cache.layers:
-        parts = [part for part in layer.stored.body if isinstance(part, CodedTokens)]
-        quantizers = [q for part in parts for q in (part.key_quantizer, part.value_quantizer)]
-        found.append({type(q.basis) for q in quantizers})
-    return found
-
-
-def tensors(profile: Profile) -> dict[str, Tensor]:
-    return {
-        f"{index}.{side}.{name}": x
-        for index, layer in profile.layers.items()
-        for side in SIDES
-        for name, x in {
-            **vars(getattr(layer, side)), "rank_costs": (layer.rank_costs or {})[side == "value"]
-        }.items()
-    }  # fmt: skip
+from tests.hf.profile_views import LONG, bases, tensors
 
 
 def assert_equal(a: Profile, b: Profile) -> None:
@@ -126,35 +98,6 @@ def test_a_turn_much_shorter_than_its_past_builds_nothing() -> None:
     assert cache.profile is None
 
 
-def test_a_cache_made_before_uses_what_was_calibrated_since() -> None:
-    model = tiny()
-    feed(model, built := NexusCache(model), prompt(LONG), LONG)
-    assert built.profile is not None
-    cache = NexusCache(model)
-    remember_profile(model, built.profile)
-    feed(model, cache, prompt(LONG), LONG)
-    assert cache.profile is built.profile
-
-
-def test_what_was_read_before_changes_nothing() -> None:
-    """Prompts A, then B give B what B alone gets: in another cache, and in one that was reset."""
-    ids, results = prompt(LONG, seed=2), []
-    for before in (None, "another", "reset"):
-        model = tiny()
-        cache = NexusCache(model)
-        if before:
-            feed(model, cache, prompt(LONG, seed=1), LONG)
-        if before == "reset":
-            cache.reset()
-        else:
-            cache = NexusCache(model)
-        feed(model, cache, ids, LONG)
-        results.append((cache.nbytes, feed(model, cache, prompt(9), 1)))
-    for nbytes, logits in results[1:]:
-        assert nbytes == results[0][0]
-        assert torch.equal(logits, results[0][1])
-
-
 def test_labels_build_it_too() -> None:
     model = tiny()
     ids = prompt(2 * MIN_TOKENS)
@@ -183,28 +126,6 @@ def test_the_same_prompt_gives_the_same_profile() -> None:
         profiles.append(run.profile)
     assert_equal(*profiles[:2])
     assert not torch.equal(profiles[0].layers[0].key.forward, profiles[2].layers[0].key.forward)
-
-
-def test_it_counts_unless_it_is_the_models() -> None:
-    model = tiny()
-    feed(model, built := NexusCache(model), prompt(LONG), LONG)
-    profile = built.profile
-    assert profile is not None
-    assert profile.nbytes == sum(x.nbytes for x in tensors(profile).values()) > 0
-    assert walked_bytes(profile) >= profile.nbytes
-    assert built.nbytes == walked_bytes(built) - walked_bytes(profile) + profile.nbytes
-    remember_profile(model, replace(profile, source="a calibration"))
-    caches = [NexusCache(model), NexusCache(model)]
-    for cache in caches:
-        feed(model, cache, prompt(LONG), LONG)
-        assert cache.nbytes == walked_bytes(cache) - walked_bytes(cache.profile) > 0
-    profile = caches[0].profile
-    assert caches[1].profile is profile
-    twin = copy.deepcopy(caches[0])
-    assert twin.profile is profile
-    assert twin.nbytes == caches[0].nbytes
-    more = [feed(model, cache, prompt(40, seed=2), 40) for cache in (caches[0], twin)]
-    torch.testing.assert_close(*more, rtol=0, atol=0)
 
 
 def test_generation_and_the_block_use_it() -> None:
@@ -244,24 +165,6 @@ def test_a_pass_that_fails_half_way_leaves_no_profile(failure: type[BaseExceptio
     assert_equal(fresh.profile, reference.profile)
 
 
-def test_two_threads_build_each_their_own() -> None:
-    model = tiny()
-
-    def work(seed: int, gate: threading.Barrier) -> NexusCache:
-        cache = NexusCache(model)
-        gate.wait()
-        feed(model, cache, prompt(LONG, seed=seed), LONG)
-        gate.wait()
-        return cache
-
-    caches = together(work, (1, 2))
-    for cache in caches:
-        assert cache.profile is not None
-        assert list(cache.profile.layers) == [0, 1, 2]
-        assert bases(cache) == [{Profiled}] * 3
-    assert caches[0].profile is not caches[1].profile
-
-
 def test_a_profile_is_built_of_the_longest_row_without_its_padding() -> None:
     model = tiny()
     ids, mask = left_padded([100, 560, 530])
@@ -282,28 +185,3 @@ def test_a_profile_is_built_of_the_longest_row_without_its_padding() -> None:
     cache = NexusCache(model)
     feed(model, cache, ids, 560, mask)
     assert cache.profile is None
-
-
-def test_a_cache_keeps_the_models_profile_when_reset() -> None:
-    model = tiny()
-    feed(model, built := NexusCache(model), prompt(LONG), LONG)
-    assert built.profile is not None
-    remember_profile(model, replace(built.profile, source="a calibration"))
-    cache = NexusCache(model)
-    feed(model, cache, prompt(LONG), LONG)
-    cache.reset()
-    assert cache.profile is not None
-    feed(model, cache, prompt(40), 40)
-    assert bases(cache) == [{Profiled}] * 3
-
-
-def test_changed_weights_make_another_model() -> None:
-    model = tiny()
-    cache = NexusCache(model)
-    feed(model, cache, prompt(LONG), LONG)
-    assert cache.profile is not None
-    remember_profile(model, cache.profile)
-    assert NexusCache(model).profile is cache.profile
-    with torch.no_grad():
-        next(model.parameters()).mul_(2)
-    assert NexusCache(model).profile is None

@@ -23,7 +23,8 @@ from nexusquant.hf.profiles import ProfileBook, chunk_statistics
 from nexusquant.math.e8 import GROUP
 from nexusquant.profile import Profile
 from nexusquant.residual import OutputSide
-from nexusquant.statistics import CALIBRATION, LayerStatistics
+from nexusquant.sampling import CALIBRATION
+from nexusquant.statistics import LayerStatistics
 
 
 class Collector(ProfileBook):

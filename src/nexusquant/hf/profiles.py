@@ -20,14 +20,8 @@ from nexusquant.hf.fingerprint import fingerprint
 from nexusquant.profile import Profile
 from nexusquant.profile_store import default_path, load_profile
 from nexusquant.residual import OutputSide
-from nexusquant.statistics import (
-    MIN_TOKENS,
-    PREFILL,
-    LayerStatistics,
-    Sampling,
-    layer_statistics,
-    varied,
-)
+from nexusquant.sampling import PREFILL, Sampling
+from nexusquant.statistics import MIN_TOKENS, LayerStatistics, layer_statistics, varied
 
 ProfileLike = Profile | str | Path | None
 """A profile, its file, or one of `MODES`; None: what `NEXUSQUANT_PROFILE` says, else "auto"."""
@@ -263,5 +257,5 @@ def chunk_statistics(
         frame=frame, sinks=sinks, scaling=chunk.scaling, softcap=chunk.softcap, output=output,
         sampling=sampling,
     )  # fmt: skip
-    moments = [*vars(found.key).values(), *vars(found.value).values()]
-    return found if all(bool(torch.isfinite(x).all()) for x in moments) else None
+    tensors = [*vars(found.key).values(), *vars(found.value).values(), *(found.rank_costs or ())]
+    return found if all(bool(torch.isfinite(x).all()) for x in tensors) else None
